@@ -1,0 +1,100 @@
+"""What the server must remember between rounds, and checkpoints of it: whole or absent, never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from distfl.errors import CheckpointError
+from distfl.files import sha256, write_json
+from distfl.replica import NEVER, Replica
+
+
+@dataclass
+class ServerState:
+    """Everything a round depends on besides the config.
+
+    Args:
+        round: last finished round; 0 before the first.
+        replica: the shared tensors and their versions.
+        optimizer: state of the server optimiser, by name.
+        limits: client id -> most blocks it may train, learnt from its over-budget rounds.
+        copies: client id -> version of each unit that the client holds (NEVER: none or spoilt by its own training).
+    """
+
+    round: int
+    replica: Replica
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    limits: dict[int, int] = field(default_factory=dict)
+    copies: dict[int, list[int]] = field(default_factory=dict)
+
+    def copy_of(self, client: int) -> list[int] | None:
+        return self.copies.get(client)
+
+    def now_holds(self, client: int, spoilt: range) -> None:
+        """After a round: the client holds what it was sent, except the units it trained itself."""
+        self.copies[client] = [NEVER if unit in spoilt else version for unit, version in enumerate(self.replica.versions)]
+
+
+def save(state: ServerState, folder: Path, keep: int) -> None:
+    """Write ``folder/round-NNNNN`` and delete all but the newest ``keep``."""
+    from safetensors.torch import save_file  # only the server rank writes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"round-{state.round:05d}"
+    temporary = folder / f".{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    files = {"model.safetensors": {n: t.clone() for n, t in state.replica.tensors.items()}, "optimizer.safetensors": state.optimizer}
+    for file, tensors in files.items():
+        save_file(tensors, temporary / file)
+        _sync(temporary / file)
+    write_json(temporary / "state.json", {
+        "round": state.round, "versions": state.replica.versions, "limits": state.limits, "copies": state.copies,
+        "checksums": {file: sha256(temporary / file) for file in files}})
+    _sync(temporary)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.rename(temporary, folder / name)
+    _sync(folder)
+    for old in sorted(folder.glob("round-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, replica: Replica) -> ServerState:
+    """The newest checkpoint, read into ``replica``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged; older ones are named.
+    """
+    from safetensors.torch import load_file  # see save
+
+    found = sorted(folder.glob("round-*"))
+    if not found:
+        raise CheckpointError(f"--resume from {folder}", "no checkpoint lies there", "start without --resume, or name the right run.folder")
+    newest = found[-1]
+    try:
+        values = json.loads((newest / "state.json").read_text())
+        for file, checksum in values["checksums"].items():
+            if sha256(newest / file) != checksum:
+                raise ValueError(f"{file} differs from its checksum")
+        replica.fill(load_file(newest / "model.safetensors"))
+        replica.versions = values["versions"]
+        return ServerState(values["round"], replica, load_file(newest / "optimizer.safetensors"),
+                           {int(k): v for k, v in values["limits"].items()}, {int(k): v for k, v in values["copies"].items()})
+    except Exception as error:  # safetensors, JSON and file errors alike: it cannot be continued from
+        older = ", ".join(path.name for path in found[:-1]) or "none"
+        raise CheckpointError(f"checkpoint {newest}", f"damaged: {type(error).__name__}: {error}; older ones: {older}",
+                              f"delete {newest} to continue from an older one, or start anew in another run.folder") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

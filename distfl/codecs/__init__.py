@@ -1,0 +1,1 @@
+"""How pieces become bytes: one codec per file, found by name; ``base.py`` frames them."""

@@ -1,0 +1,111 @@
+"""A family: pretrained models of one shape and several depths, with their tokenizer, in a folder.
+
+``family.json`` (the manifest), ``tokenizer.json`` and one ``depth-NN.safetensors`` per depth.
+Hugging Face GPT-2 folders are read and written too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distfl.errors import FamilyError
+from distfl.files import sha256
+from distfl.model import ModelSpec, skeleton
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SHIPPED = Path(__file__).parent / "families"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """An opened family folder; weights are read when asked for."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(sorted(int(depth) for depth in self.manifest["depths"]))
+
+    def spec(self, depth: int) -> ModelSpec:
+        """Shape of the model of this depth (raises FamilyError where there is none)."""
+        if depth not in self.depths:
+            raise FamilyError(f"depth {depth} of {self.folder}", f"it holds depths {list(self.depths)}", "set model.depths to depths the family holds")
+        return ModelSpec(depth=depth, **self.manifest["architecture"])
+
+    def tensors(self, depth: int) -> dict[str, Tensor]:
+        """Weights of one depth as float32, checked against the shape the manifest promises."""
+        from safetensors.torch import load_file  # client ranks receive weights, they never read them
+
+        spec, path = self.spec(depth), self.folder / self.manifest["depths"][str(depth)]["file"]
+        try:
+            stored = load_file(path)
+        except Exception as error:  # safetensors raises its own type for damage, OSError for absence
+            raise FamilyError(f"weights {path}", f"{type(error).__name__}: {error}", "restore the file, or leave its depth out of model.depths") from None
+        wanted = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        if wanted != found:
+            wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
+            raise FamilyError(f"weights {path}", f"tensors differ from the manifest's shape, for instance {wrong}", "pretrain or import the family again")
+        return {name: stored[name].float() for name in wanted}
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that all depths share."""
+        from tokenizers import Tokenizer  # only the server rank reads text
+
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    @property
+    def tokenizer_checksum(self) -> str:
+        return sha256(self.folder / "tokenizer.json")
+
+
+def open_family(name: str, depths: tuple[int, ...] | None = None) -> Family:
+    """Open a shipped family by name or any family or Hugging Face folder by path.
+
+    Args:
+        name: for instance ``tiny`` or ``path/to/folder``.
+        depths: depths that must be there; None asks for none in particular.
+
+    Raises:
+        FamilyError: no such family, a damaged manifest, a missing file or depth.
+    """
+    folder = next((path for path in (SHIPPED / name, Path(name).expanduser()) if (path / "family.json").is_file()), None)
+    if folder is None:
+        shipped = sorted(path.parent.name for path in SHIPPED.glob("*/family.json"))
+        raise FamilyError(f"family {name!r}", f"neither a shipped family ({', '.join(shipped) or 'none'}) nor a folder with family.json",
+                          "set model.family to one of these, or make one with `distfl pretrain` or `distfl import`")
+    try:
+        manifest = json.loads((folder / "family.json").read_text())
+        family = Family(folder, manifest)
+        held = family.depths
+        ModelSpec(depth=0, **manifest["architecture"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FamilyError(f"manifest {folder / 'family.json'}", f"{type(error).__name__}: {error}", "restore it, or pretrain the family again") from None
+    if manifest.get("format") != FORMAT:
+        raise FamilyError(f"manifest {folder / 'family.json'}", f"format {manifest.get('format')!r}, {FORMAT} is read", "pretrain or import the family again")
+    for depth in depths or held:
+        family.spec(depth)
+    for file in ["tokenizer.json", *(manifest["depths"][str(depth)]["file"] for depth in depths or held)]:
+        if not (folder / file).is_file():
+            raise FamilyError(f"family {folder}", f"{file} is missing", "restore the file, or set model.depths to the depths that are there")
+    return family
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Store weights, atomically."""
+    from safetensors.torch import save_file  # see Family.tensors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(path)

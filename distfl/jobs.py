@@ -1,0 +1,66 @@
+"""Everything one run needs, prepared once by the server rank: data, fleet, depth, formulas.
+
+``distfl plan`` stops here; ``distfl train`` goes on with ``rounds.py``. Cheap refusals come first,
+so that bad input costs no tokenising.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distfl.config import TrainConfig
+from distfl.corpora import cache_folder, read
+from distfl.family import Family, open_family
+from distfl.fleet import Client, build_fleet
+from distfl.methods.base import Method, Workload, load_method, workload
+from distfl.model import ModelSpec
+from distfl.partition import deal
+from distfl.planner import Selection
+from distfl.shards import ShardIndex, build
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start."""
+
+    config: TrainConfig
+    family: Family
+    method: Method
+    shards: ShardIndex
+    clients: list[Client]
+    selection: Selection
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.family.spec(self.selection.depth)
+
+    def workload(self, round: int) -> Workload:
+        """Formulas and learning rate of one round at the chosen depth."""
+        return workload(self.config, self.method, self.spec, round)
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Read data, deal it, open the family, choose the depth.
+
+    Raises:
+        DistflError: anything that cannot work, before a rank trains.
+    """
+    method = load_method(config.method.name, config.method.options)
+    family = open_family(config.model.family, config.model.depths)
+    depths = config.model.depths or family.depths
+    shards = tokenised(config, family)
+    context = family.spec(depths[0]).context
+    rows = [len(shards.train(client, context)) for client in range(len(shards.shards))]
+    clients = build_fleet(config.fleet, [shard.name for shard in shards.shards], rows, config.seed)
+    selection = method.select(clients, {depth: workload(config, method, family.spec(depth), 1) for depth in depths})
+    return Job(config, family, method, shards, clients, selection)
+
+
+def tokenised(config: TrainConfig, family: Family) -> ShardIndex:
+    """The clients' token shards, from the cache where they lie there."""
+    corpus = read(config.data)
+    data = config.data
+    key = "/".join(map(str, (corpus.checksum, family.tokenizer_checksum, data.partition, data.clients, data.selection, data.dirichlet_alpha,
+                             data.test_fraction, data.minimum_characters, config.seed)))
+    parts = ((part.name, part.train, part.test) for part in deal(corpus, data, config.seed))
+    return build(parts, family.tokenizer(), key, cache_folder(data))

@@ -1,0 +1,144 @@
+"""All that crosses ranks or reaches disk: small frozen records, and pieces of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distfl.units import Window
+
+Region = None | np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """(Part of) one tensor on its way to the server.
+
+    Args:
+        unit: index of the unit it belongs to.
+        name: the tensor's name.
+        region: None = the whole tensor; a pair of index arrays = rows x columns; one index array = flat positions.
+        values: float32 tensor of the region's shape.
+        weight: of these values in the mean.
+    """
+
+    unit: int
+    name: str
+    region: Region
+    values: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client does in one round. Small values, never tensors.
+
+    Args:
+        window: the units it trains; None = it cannot take part.
+        weight: of its update in the mean.
+        memory_bytes: its cap, above the process's baseline.
+        predicted_peak_bytes: what the planner expects it to use of it.
+        learning_rate: of this round.
+        detail: what else the method wants its clients to know.
+    """
+
+    round: int
+    client: int
+    window: Window | None
+    weight: float
+    memory_bytes: int
+    predicted_peak_bytes: int
+    learning_rate: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"window": None if self.window is None else [self.window.first, self.window.last]}
+
+    @staticmethod
+    def from_json(values: dict) -> Assignment:
+        window = values["window"]
+        return Assignment(**values | {"window": None if window is None else Window(*window)})
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What one client did in one round: predicted beside measured.
+
+    Args:
+        ok: its update was merged.
+        reason: why not, else "".
+        blocks: trained blocks of its window.
+        samples: sequences it trained on (with repetitions).
+        loss: mean training loss in nats per token; None where it did not finish a step.
+        memory_bytes: the cap. predicted_peak_bytes, measured_peak_bytes: above the baseline.
+        upload_bytes: messages handed to the transport, headers included.
+        flops: floating-point operations of its training (analytic, multiply-add = 2).
+    """
+
+    round: int
+    client: int
+    ok: bool
+    reason: str
+    blocks: int
+    samples: int
+    loss: float | None
+    memory_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    upload_bytes: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out figures of one model on some clients' test text: sums, so that scores add up."""
+
+    loss_sum: float  # nats
+    correct: int
+    tokens: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.loss_sum + other.loss_sum, self.correct + other.correct, self.tokens + other.tokens)
+
+    @property
+    def loss(self) -> float | None:
+        return self.loss_sum / self.tokens if self.tokens else None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.tokens if self.tokens else None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``. Losses in nats per token; accuracy of the most likely next token, 0 to 1.
+
+    Args:
+        round: 0 is the pretrained model, before any training.
+        test_loss, test_accuracy: on the union of all test shards; None where not evaluated.
+        groups: budget group -> {"loss", "accuracy"} on that group's test shards.
+        taking_part, merged: clients planned for this round, and those whose update was merged.
+        upload_bytes, download_bytes, first_download_bytes: payload of all clients; the first transfer of the model apart.
+        peak_share: largest measured peak over cap of this round's clients.
+        contributors: unit name -> clients whose tensors were merged.
+    """
+
+    round: int
+    train_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    groups: dict[str, dict[str, float | None]]
+    taking_part: int
+    merged: int
+    upload_bytes: int
+    download_bytes: int
+    first_download_bytes: int
+    flops: int
+    peak_share: float | None
+    contributors: dict[str, int]
+    learning_rate: float | None
+    seconds: float

@@ -1,0 +1,145 @@
+"""The method seam: what a federated method decides, and nothing about ranks or bytes on the wire."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from distfl.config import TrainConfig, TrainingConfig
+from distfl.costs import Cost, Costs
+from distfl.errors import ConfigError
+from distfl.fleet import MEGA, Client
+from distfl.messages import Assignment, Piece
+from distfl.model import ModelSpec, TinyTransformer, skeleton
+from distfl.planner import Selection
+from distfl.settings import from_dict
+from distfl.training import learning_rate, state_tensors
+from distfl.units import Unit, UnitTable, freeze_outside
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What planning needs besides the clients: the formulas of the model in use, and how clients train it.
+
+    Args:
+        costs: formulas of one depth.
+        training: batch, epochs or steps.
+        learning_rate: of the round being planned.
+    """
+
+    costs: Costs
+    training: TrainingConfig
+    learning_rate: float
+
+    def sequences(self, client: Client) -> int:
+        """Training sequences (padded ones count) that a client computes in one round."""
+        if self.training.epochs is not None:
+            return self.training.epochs * client.rows
+        return self.training.steps * min(self.training.batch, client.rows)
+
+
+class Method(ABC):
+    """One federated method. Only ``select`` and ``plan`` have no default."""
+
+    Options: ClassVar[type]  # frozen dataclass of method.options
+    source: ClassVar[str]  # paper, section
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    # --- every rank, once
+    def prepare(self, model: TinyTransformer) -> None:
+        """Insert adapters and the like."""
+
+    def shared(self, model: TinyTransformer) -> dict[str, Tensor]:
+        """The tensors that the server owns, in the model's order."""
+        return model.named_tensors()
+
+    # --- server; pure, so that `distfl plan` prints it without training
+    @abstractmethod
+    def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
+        """Choose the depth of the family for this fleet (raises PlanError)."""
+
+    @abstractmethod
+    def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
+        """One assignment for each client, in order.
+
+        Args:
+            limits: client id -> most blocks it may train, learnt from rounds in which it ran into its cap.
+        """
+
+    def cost(self, client: Client, window: Any, workload: Workload) -> Cost:
+        """Peak, upload and FLOPs of a client's round; default: those of its window."""
+        costs = workload.costs
+        tokens = workload.sequences(client) * costs.spec.context
+        return Cost(costs.peak(window), self.upload_bytes(client, window, workload), costs.flops(window, tokens))
+
+    def upload_bytes(self, client: Client, window: Any, workload: Workload) -> int:
+        """Payload of the update, without message headers."""
+        return workload.costs.table.window_bytes(window)
+
+    # --- client
+    @contextmanager
+    def attached(self, model: TinyTransformer, assignment: Assignment) -> Iterator[list[Parameter]]:
+        """What the optimiser may touch; default: freeze outside the window."""
+        yield freeze_outside(model, assignment.window)
+
+    def collect(self, tensors: dict[str, Tensor], assignment: Assignment, unit: Unit) -> list[Piece]:
+        """The pieces of one unit to send; default: the whole tensors of units in the window."""
+        if unit.index not in assignment.window:
+            return []
+        return [Piece(unit.index, tensor.name, None, tensors[tensor.name], assignment.weight) for tensor in unit.tensors]
+
+    # --- server, end of a round
+    def restore(self, pieces: list[Piece]) -> list[Piece]:
+        """Bring pieces into the space where means are taken; default: unchanged."""
+        return pieces
+
+    def finish(self, old: Tensor, mean: Tensor, share: Tensor | float) -> Tensor:
+        """The new shared tensor.
+
+        Args:
+            old: before the round.
+            mean: weighted mean of what clients sent; equals ``old`` where nobody sent anything.
+            share: part of the round's weight behind each element, 0 to 1.
+        """
+        return mean
+
+
+def load_method(name: str, options: dict[str, Any]) -> Method:
+    """The method of this name with its options checked (raises ConfigError)."""
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    if name not in known:
+        raise ConfigError(f"method.name = {name}", f"known methods are {', '.join(known)}", "set method.name to one of these")
+    kind = importlib.import_module(f"distfl.methods.{name}").METHOD
+    try:
+        return kind(from_dict(kind.Options, options))
+    except ConfigError as error:
+        raise ConfigError(f"method.options of {name}: {error.asked}", error.found, error.change) from None
+
+
+def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -> Workload:
+    """Formulas of one depth under this config."""
+    return Workload(costs_of(config, method, spec), config.training, learning_rate(config.training, round, config.rounds))
+
+
+def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
+    """The cost formulas of one depth; every rank builds the same."""
+    return Costs(table_of(method, spec), config.training.batch, state_tensors(config.training), round(config.memory.margin_mb * MEGA))
+
+
+
+
+def table_of(method: Method, spec: ModelSpec) -> UnitTable:
+    """The units of what the method shares."""
+    model = skeleton(spec)
+    method.prepare(model)
+    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in method.shared(model).items()})

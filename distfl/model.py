@@ -1,0 +1,161 @@
+"""The tiny Transformer: GPT-2's arithmetic with an untied output layer, in one file.
+
+Pre-norm blocks, learned positions, tanh-approximated GELU, biases everywhere but in the output
+layer (Radford et al. 2019). Equal to ``transformers``' GPT-2 on the same weights; written here
+because importing ``transformers`` costs a client rank 3.4 s and 108 MB.
+
+Letters in shape comments: B sequences, T tokens of each, d width, f feed-forward width, H heads,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED_TARGET = -100  # positions without a target: padding
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape of one model of a family.
+
+    Args:
+        depth: number of blocks (L).
+        width: d.
+        heads: H, a divisor of width.
+        context: longest sequence in tokens.
+        vocabulary: V.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    context: int
+    vocabulary: int
+
+    @property
+    def feedforward(self) -> int:
+        return 4 * self.width
+
+
+class Stem(nn.Module):
+    """Token and position embedding."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.token = nn.Embedding(spec.vocabulary, spec.width)
+        self.position = nn.Embedding(spec.context, spec.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T) -> (B, T, d)
+
+
+class Block(nn.Module):
+    """Causal self-attention and feed-forward layer, each on a normalised residual branch."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        width = spec.width
+        self.heads = spec.heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, spec.feedforward)
+        self.fc2 = nn.Linear(spec.feedforward, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.proj(self._attend(self.qkv(self.norm1(x))))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # (B, T, f) inside
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        batch, length, triple = qkv.shape
+        heads = qkv.view(batch, length, 3, self.heads, triple // 3 // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, d/H), views of qkv
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).reshape(batch, length, triple // 3)  # (B, T, d)
+
+
+class Head(nn.Module):
+    """Final norm and output layer."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.width)
+        self.output = nn.Linear(spec.width, spec.vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(x))  # (B, T, d) -> (B, T, V)
+
+
+class TinyTransformer(nn.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.embedding = Stem(spec)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.head = Head(spec)
+
+    def forward(self, tokens: Tensor, frozen_units: int = 0) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            tokens: (B, T) int64 token ids.
+            frozen_units: leading units (0 = none, 1 = embedding, 1 + k = embedding and k blocks)
+                that run without gradient, so that nothing is kept for them.
+
+        Returns:
+            (B, T, V) float logits.
+        """
+        layers = [self.embedding, *self.blocks]
+        with torch.no_grad():
+            x = tokens
+            for layer in layers[:frozen_units]:
+                x = layer(x)
+        for layer in layers[frozen_units:]:
+            x = layer(x)
+        return self.head(x)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every parameter by name, detached, sharing memory with the model."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+def skeleton(spec: ModelSpec) -> TinyTransformer:
+    """A model without memory behind its parameters: names and shapes only."""
+    with torch.device("meta"):
+        return TinyTransformer(spec)
+
+
+def from_tensors(spec: ModelSpec, tensors: dict[str, Tensor]) -> TinyTransformer:
+    """A model whose parameters *are* the given tensors (not copies)."""
+    model = skeleton(spec)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def initial_tensors(spec: ModelSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random start as in GPT-2: normal 0.02, residual projections divided by sqrt(2 L), norms at one, biases at zero."""
+    tensors = {}
+    for name, parameter in skeleton(spec).named_parameters():
+        tensor = torch.zeros(parameter.shape)
+        if name.endswith("bias"):
+            pass
+        elif ".norm" in name:
+            tensor.fill_(1.0)
+        else:
+            residual = name.endswith(("proj.weight", "fc2.weight"))
+            tensor.normal_(0.0, 0.02 / (2 * spec.depth) ** 0.5 if residual else 0.02, generator=generator)
+        tensors[name] = tensor
+    return tensors
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats against (B, T) targets; positions with IGNORED_TARGET do not count."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction)

@@ -1,0 +1,94 @@
+"""Which depth, which windows: the selection of CAFF (arXiv 2411.07826; summarised in README).
+
+For every depth l of the family and every client c, ``t_c(l)`` is the largest number of last blocks
+(with the head) whose peak, upload and FLOPs lie within the client's budget. The depth with the
+largest average of t_c over the fleet is taken; ties go to the deeper model, whose frozen features
+are better. A depth is admissible only if every client can train at least one block, unless
+dropping clients is allowed; then a dropped client counts as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distfl.costs import Cost
+from distfl.errors import PlanError
+from distfl.fleet import MEGA, Budget, Client
+
+CostOf = Callable[[Client, int], Cost]  # (client, trained blocks) -> cost of its round
+
+
+def fits(cost: Cost, budget: Budget) -> bool:
+    """Whether a round with this cost stays within a budget."""
+    return (cost.peak.bytes <= budget.memory_bytes
+            and (budget.upload_bytes is None or cost.upload_bytes <= budget.upload_bytes)
+            and (budget.flops is None or cost.flops <= budget.flops))
+
+
+def widest(client: Client, depth: int, cost_of: CostOf) -> int:
+    """t_c: the most last blocks this client can train; 0 where not even one."""
+    return next((blocks for blocks in range(depth, 0, -1) if fits(cost_of(client, blocks), client.budget)), 0)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The depth taken and why.
+
+    Args:
+        blocks: client id -> trained blocks at the chosen depth.
+        averages: depth -> mean trained blocks over the fleet.
+        excluded: depth -> clients that cannot train one block of it.
+    """
+
+    depth: int
+    blocks: dict[int, int]
+    averages: dict[int, float]
+    excluded: dict[int, int]
+
+
+def select(clients: Sequence[Client], costs: Mapping[int, CostOf], allow_dropping: bool) -> Selection:
+    """Choose the depth.
+
+    Args:
+        clients: the fleet.
+        costs: depth -> cost function of that depth's model.
+
+    Raises:
+        PlanError: no depth is admissible; says the smallest budgets that would do.
+    """
+    blocks = {depth: _widest_of_all(clients, depth, cost_of) for depth, cost_of in costs.items()}
+    averages = {depth: sum(of.values()) / len(clients) for depth, of in blocks.items()}
+    excluded = {depth: sum(t == 0 for t in of.values()) for depth, of in blocks.items()}
+    admissible = [depth for depth in costs if averages[depth] > 0 and (allow_dropping or excluded[depth] == 0)]
+    if not admissible:
+        raise _nothing_fits(clients, costs, blocks)
+    depth = max(admissible, key=lambda candidate: (averages[candidate], candidate))
+    return Selection(depth, blocks[depth], averages, excluded)
+
+
+def _widest_of_all(clients: Sequence[Client], depth: int, cost_of: CostOf) -> dict[int, int]:
+    """t_c of every client; clients alike in budget and data size are computed once."""
+    known: dict[tuple[Budget, int], int] = {}
+    for client in clients:
+        if (client.budget, client.rows) not in known:
+            known[client.budget, client.rows] = widest(client, depth, cost_of)
+    return {client.id: known[client.budget, client.rows] for client in clients}
+
+
+def _nothing_fits(clients: Sequence[Client], costs: Mapping[int, CostOf], blocks: dict[int, dict[int, int]]) -> PlanError:
+    """Say, for the depth that asks least, which groups fail and what would let them train one block."""
+    depth = min(costs, key=lambda candidate: max(costs[candidate](client, 1).peak.bytes for client in clients))
+    needs = []
+    for group in sorted({client.group for client in clients if blocks[depth][client.id] == 0}):
+        members = [client for client in clients if client.group == group]
+        least = [costs[depth](client, 1) for client in members]
+        budget = members[0].budget
+        parts = [f"memory_mb {max(cost.peak.bytes for cost in least) / MEGA:.2f} (has {budget.memory_bytes / MEGA:.2f})"]
+        if budget.upload_bytes is not None:
+            parts.append(f"upload_mb {max(cost.upload_bytes for cost in least) / MEGA:.3f} (has {budget.upload_bytes / MEGA:.3f})")
+        if budget.flops is not None:
+            parts.append(f"gflops {max(cost.flops for cost in least) / 1e9:.2f} (has {budget.flops / 1e9:.2f})")
+        needs.append(f"{group} needs at least {', '.join(parts)}")
+    return PlanError(f"a window for every client at one of the depths {sorted(costs)}", f"no depth admits all; least demanding is depth {depth}: {'; '.join(needs)}",
+                     "raise these budgets of fleet.groups, lower training.batch, or set method.options.allow_dropping=true")

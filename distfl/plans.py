@@ -1,0 +1,71 @@
+"""What the planner decided, as text: depth and why, then every budget group's window and what it costs."""
+
+from __future__ import annotations
+
+from distfl.costs import Peak
+from distfl.fleet import GIGA, MEGA, Client
+from distfl.jobs import Job
+from distfl.messages import Assignment
+from distfl.reporting import table
+
+
+def describe(job: Job) -> str:
+    """The whole plan of a job's first round."""
+    return "\n".join([_why_this_depth(job), "", _groups(job), "", _parts(job)])
+
+
+def _why_this_depth(job: Job) -> str:
+    chosen = job.selection
+    rows = [["depth", "average trained blocks", "clients without a window", ""]]
+    for depth, average in chosen.averages.items():
+        rows.append([str(depth), f"{average:.3f}", str(chosen.excluded[depth]), "<- chosen" if depth == chosen.depth else ""])
+    return (f"{job.config.method.name}: depth {chosen.depth} lets {len(job.clients)} clients train most blocks on average "
+            f"(ties go to the deeper model)\n{table(rows)}")
+
+
+def _members(job: Job) -> dict[str, list[tuple[Client, Assignment]]]:
+    """Budget group -> its clients with their assignments, largest data last."""
+    plan = job.method.plan(1, job.clients, job.workload(1), {})
+    members: dict[str, list[tuple[Client, Assignment]]] = {group.name: [] for group in job.config.fleet.groups}
+    for client, assignment in zip(job.clients, plan):
+        members[client.group].append((client, assignment))
+    return {group: sorted(entries, key=lambda entry: entry[0].rows) for group, entries in members.items()}
+
+
+def _groups(job: Job) -> str:
+    """Per group: window, predicted peak against budget, upload, download, FLOPs; figures of its client with most data."""
+    workload, units = job.workload(1), job.workload(1).costs.table
+    members = _members(job)
+    windows = [assignment.window for entries in members.values() for _, assignment in entries if assignment.window]
+    changing = sum(unit.bytes for unit in units if any(unit.index in window for window in windows))
+    rows = [["group", "clients", "blocks", "units", "peak MB", "of MB", "slack MB", "upload MB", "of", "download MB", "first MB", "GFLOP/round", "of"]]
+    for group, entries in members.items():
+        client, assignment = entries[-1]
+        budget, window = client.budget, assignment.window
+        if window is None:
+            rows.append([group, str(len(entries)), "0", "sits out", "-", _mega(budget.memory_bytes), *["-"] * 7])
+            continue
+        cost = job.method.cost(client, window, workload)
+        counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
+        rows.append([group, str(len(entries)), "-".join(map(str, sorted({counts[0], counts[-1]}))), f"{units[window.first].name}..head", _mega(cost.peak.bytes),
+                     _mega(budget.memory_bytes), _mega(budget.memory_bytes - cost.peak.bytes), f"{cost.upload_bytes / MEGA:.3f}",
+                     "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}", f"{changing / MEGA:.3f}", f"{units.bytes / MEGA:.3f}",
+                     f"{cost.flops / GIGA:.1f}", "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}"])
+    return table(rows)
+
+
+def _parts(job: Job) -> str:
+    """The terms of each group's predicted peak."""
+    costs = job.workload(1).costs
+    rows = [["predicted peak, MB", "weights", "optimizer", "activations", "transient", "margin", "total", "fullest moment"]]
+    for group, entries in _members(job).items():
+        window = entries[-1][1].window
+        if window is not None:
+            peak: Peak = costs.peak(window)
+            parts = (peak.weights, peak.optimizer, peak.activations, peak.transient, peak.margin, peak.bytes)
+            rows.append([group, *map(_mega, parts), max(peak.moments, key=peak.moments.get)])
+    return table(rows)
+
+
+def _mega(bytes_: float) -> str:
+    return f"{bytes_ / MEGA:.2f}"

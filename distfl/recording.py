@@ -1,0 +1,151 @@
+"""The run folder: effective config, manifest, one JSON line per round, client and traffic count, TensorBoard,
+checkpoints, and the mark ``finished`` that alone says that a run is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import distfl
+from distfl import checkpoints, settings
+from distfl.checkpoints import ServerState
+from distfl.config import TrainConfig
+from distfl.errors import CheckpointError
+from distfl.files import write_atomically, write_json
+from distfl.jobs import Job
+from distfl.messages import ClientReport, RoundRecord
+from distfl.rounds import OVER_CAP, RoundResult
+
+LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
+FREE_TO_CHANGE = ("run", "transport")  # sections that a resumed run may have different: they do not touch the result
+
+
+class RunFolder:
+    """Where a run leaves everything."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.path = config, Path(config.run.folder)
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self, resume: bool) -> None:
+        """Refuse to overwrite a run, or to continue one that is not there, done, or of another config (raises CheckpointError)."""
+        saved = self.path / "config.yaml"
+        if not resume:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise CheckpointError(f"a run in {self.path}", "the folder is not empty", "set run.folder to a new folder, or add --resume")
+            return
+        if not saved.is_file():
+            raise CheckpointError(f"--resume of {self.path}", "no run lies there (no config.yaml)", "start without --resume, or name the right run.folder")
+        if (self.path / "finished").exists():
+            raise CheckpointError(f"--resume of {self.path}", "this run is finished", "set run.folder to a new folder for another run")
+        before, now = settings.to_dict(settings.load(TrainConfig, saved)), settings.to_dict(self.config)
+        different = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
+        if different:
+            raise CheckpointError(f"--resume of {self.path}", f"sections {different} differ from {saved}", "resume with the config the run was started with")
+
+    def begin(self, job: Job, ranks: int, mpi: str, enforced_by: str, resumed_at: int | None) -> None:
+        """Write config and manifest, or cut the line files back to the checkpoint that is continued from."""
+        if resumed_at is not None:
+            for name in LINES:
+                self._cut(self.path / name, resumed_at)
+        write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))
+        manifest = {"distfl": distfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "mpi": mpi, "ranks": ranks,
+                    "host": socket.gethostname(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "resumed_after_round": resumed_at,
+                    "family": str(job.config.model.family), "depth": job.selection.depth, "memory_enforced_by": enforced_by,
+                    "groups": {client.name: client.group for client in job.clients}, "tokens_checksum": job.shards.checksum}
+        write_json(self.path / "manifest.json", manifest)
+
+    @staticmethod
+    def _cut(path: Path, last_round: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["round"] <= last_round]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def append(self, result: RoundResult) -> None:
+        """Add one round's lines; they are on disk when this returns."""
+        for name, records in zip(LINES, ([asdict(result.record)], [asdict(report) for report in result.reports], [result.traffic])):
+            with open(self.path / name, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def save(self, state: ServerState) -> None:
+        """Write a checkpoint."""
+        checkpoints.save(state, self.checkpoints, self.config.run.keep_checkpoints)
+
+    def finish(self) -> None:
+        """Write the mark; nothing is written after it."""
+        write_atomically(self.path / "finished", time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+
+
+class Progress:
+    """What a person sees on the server rank: a bar on a terminal, a line per round elsewhere."""
+
+    def __init__(self, rounds: int, first: int):
+        from tqdm import tqdm  # only the server rank shows anything
+
+        self._bar = tqdm(total=rounds, initial=first, unit="round", desc="training", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._rounds = rounds
+
+    def show(self, record: RoundRecord, reports: list[ClientReport]) -> None:
+        loss, accuracy = _number(record.test_loss), _number(record.test_accuracy)
+        figures = f"test loss {loss}, accuracy {accuracy}"
+        if record.round:
+            figures += f", up {record.upload_bytes / 1e6:.2f} MB, down {record.download_bytes / 1e6:.2f} MB, peak/cap {_number(record.peak_share)}, merged {record.merged}/{record.taking_part}"
+        lines = [f"round {record.round}/{self._rounds}: {figures}, {record.seconds:.1f} s"] if self._bar is None else []
+        lines += [f"round {report.round}: client {report.client} left out: {report.reason}" for report in reports if not report.ok]
+        for line in lines:
+            self._bar.write(line, file=sys.stderr) if self._bar is not None else print(line, flush=True)
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures)
+            self._bar.update(record.round > 0)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Recorder:
+    """Everything that happens after a round: lines, TensorBoard, progress, checkpoint."""
+
+    def __init__(self, folder: RunFolder, state: ServerState):
+        from torch.utils.tensorboard import SummaryWriter  # only the server rank pays for this import
+
+        self._folder, self._state = folder, state
+        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=state.round + 1 if state.round else None)
+        self._progress = Progress(folder.config.rounds, state.round)
+
+    def __call__(self, result: RoundResult) -> None:
+        """Record a round; checkpointed when due."""
+        record = result.record
+        self._folder.append(result)
+        self._write_board(record, result.reports)
+        self._progress.show(record, result.reports)
+        every, last = self._folder.config.run.checkpoint_every, self._folder.config.rounds
+        if record.round % every == 0 or record.round == last:
+            self._folder.save(self._state)
+
+    def _write_board(self, record: RoundRecord, reports: list[ClientReport]) -> None:
+        scalars = {"loss/train": record.train_loss, "loss/test": record.test_loss, "accuracy/test": record.test_accuracy, "bytes/upload": record.upload_bytes,
+                   "bytes/download": record.download_bytes, "memory/peak_over_cap": record.peak_share, "clients/merged": record.merged,
+                   "clients/over_cap": sum(report.reason.startswith(OVER_CAP) for report in reports), "learning_rate": record.learning_rate}
+        scalars |= {f"accuracy_by_group/{group}": score["accuracy"] for group, score in record.groups.items()}
+        for name, value in scalars.items():
+            if value is not None:
+                self._board.add_scalar(name, value, record.round)
+
+    def close(self) -> None:
+        self._board.close()
+        self._progress.close()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,409 @@
+"""The round loop: the server's half and the clients' half, in the same order.
+
+Every collective stands once in ``serve`` and its helpers and once in ``work`` and its helpers:
+
+    server                                    client rank
+    introduce: config, shards      ------->   join
+    prove: gather proofs           <-------   prove: of every budget it may host
+    distribute: changed units      ------->   distribute
+    score: gather scores           <------>   score: both evaluate their share
+    per wave: scatter assignments  ------->   host: train under the cap
+              gather statuses      <-------         did it train?
+              gather blocks of
+              unit 0, 1, ...       <-------         encoded tensors of its window
+              gather reports       <-------         predicted beside measured
+
+With more clients than client ranks a round has several waves; sums run in client order whatever
+the number of ranks, so the merged model is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distfl import seeds, settings
+from distfl.aggregation import UnitMean
+from distfl.checkpoints import ServerState
+from distfl.codecs.base import Codec, frame, load_codec, unframe
+from distfl.config import TrainConfig
+from distfl.costs import Costs
+from distfl.errors import CapError, DistflError, NotFinite
+from distfl.fleet import hosting, participants
+from distfl.memory_cap import MemoryCap, Meter, collect_garbage, exact_allocator, is_allocation_failure, make_cap
+from distfl.messages import Assignment, ClientReport, RoundRecord, Score
+from distfl.methods.base import Method, costs_of, load_method
+from distfl.model import ModelSpec, from_tensors
+from distfl.replica import Replica
+from distfl.server_optimizer import ServerOptimizer
+from distfl.shards import ShardIndex
+from distfl.training import Trained, evaluate, train, warm_up
+from distfl.transport.base import WORD, Transport, pack
+from distfl.units import Unit, UnitTable
+
+if TYPE_CHECKING:
+    from distfl.jobs import Job  # client ranks prepare nothing
+
+NOTHING = np.empty(0, WORD)
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What every rank holds during a run."""
+
+    transport: Transport
+    config: TrainConfig
+    spec: ModelSpec
+    shards: ShardIndex
+    method: Method
+    codec: Codec
+    costs: Costs
+    replica: Replica
+
+    @property
+    def table(self) -> UnitTable:
+        return self.costs.table
+
+
+def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shards: ShardIndex) -> RankState:
+    method = load_method(config.method.name, config.method.options)
+    costs = costs_of(config, method, spec)
+    return RankState(transport, config, spec, shards, method, load_codec(config.transport.codec), costs, Replica(costs.table))
+
+
+# --- introduction and proof ------------------------------------------------------------------
+
+
+def introduce(job: Job, state: RankState) -> None:
+    """Server: tell every rank what this run is (raises CapError where a rank could not prove its cap)."""
+    transport = state.transport
+    budgets = sorted({client.budget.memory_bytes for client in job.clients})
+    transport.broadcast_value({"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets})
+    proofs = transport.gather("")
+    failed = {rank: proof for rank, proof in enumerate(proofs) if proof}
+    transport.broadcast_value(not failed)
+    if failed:
+        rank, (asked, found, change) = next(iter(failed.items()))
+        raise CapError(f"{asked} on every client rank (first failing: rank {rank} of {sorted(failed)})", found, change)
+
+
+def refuse(transport: Transport) -> None:
+    """Server: tell every rank that there will be no run."""
+    transport.broadcast_value(None)
+
+
+def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
+    """Client rank: learn what this run is and prove the cap; None where there will be no run."""
+    message = transport.broadcast_value()
+    if message is None:
+        return None
+    config = settings.from_dict(TrainConfig, message["config"])
+    state = rank_state(transport, config, ModelSpec(**message["spec"]), ShardIndex.from_json(message["shards"]))
+    proof, cap = "", None
+    try:
+        cap = make_cap(config.memory.enforce)
+        warm_up(state.spec, config.training)
+        for budget in message["budgets"]:
+            cap.prove(budget)
+    except CapError as error:
+        proof = [error.asked, error.found, error.change]
+    transport.gather(proof)
+    return (state, cap) if transport.broadcast_value() else None
+
+
+# --- the server's half -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round leaves for the records."""
+
+    record: RoundRecord
+    reports: list[ClientReport]
+    traffic: dict
+
+
+def serve(job: Job, state: RankState, server: ServerState, record: Callable[[RoundResult], None], should_stop: Callable[[], bool]) -> bool:
+    """Server: run rounds until the last, or until ``should_stop``; calls ``record`` after each.
+
+    Returns:
+        True if the last round is done, False if stopped early.
+    """
+    optimizer = ServerOptimizer(job.config.server)
+    optimizer.state = server.optimizer
+    if server.round == 0:
+        record(_serve_round_zero(job, state))
+    for round in range(server.round + 1, job.config.rounds + 1):
+        if should_stop():
+            break
+        state.transport.broadcast_value({"round": round})
+        result = _serve_round(job, state, server, optimizer, round)
+        server.round = round
+        record(result)
+    finished = server.round == job.config.rounds
+    state.transport.broadcast_value({"round": None, "finished": finished})
+    return finished
+
+
+def _serve_round_zero(job: Job, state: RankState) -> RoundResult:
+    """The pretrained model, scored before any training; its distribution is counted here, apart from all rounds."""
+    began = time.monotonic()
+    state.transport.broadcast_value({"round": 0})
+    _distribute_from_server(state)
+    total, groups = _score_on_server(job, state)
+    record = RoundRecord(0, None, total.loss, total.accuracy, groups, 0, 0, 0, 0, 0, 0, None, {}, None, time.monotonic() - began)
+    return RoundResult(record, [], {"round": 0, "payload": {}, "mpi": state.transport.gather(state.transport.ledger.take())})
+
+
+def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: ServerOptimizer, round: int) -> RoundResult:
+    began, transport, config = time.monotonic(), state.transport, job.config
+    chosen = participants(job.clients, config.fleet.participants, config.seed, round)
+    workload = job.workload(round)
+    planned = job.method.plan(round, chosen, workload, server.limits)
+    active = [assignment for assignment in planned if assignment.window is not None]
+    _distribute_from_server(state)
+    downloads = {assignment.client: _download_bytes(state, server, assignment) for assignment in active}
+    means = {unit.index: UnitMean(unit) for unit in state.table}
+    waves = hosting(len(active), transport.size - 1)
+    transport.broadcast_value(len(waves))
+    reports, uploads, weight = [], {}, 0.0
+    for number, wave in enumerate(waves):
+        hosted = [active[position] for position in wave]
+        last = number == len(waves) - 1
+        weight, wave_reports = _serve_wave(state, optimizer, hosted, means, uploads, weight, last)
+        reports += wave_reports
+    for assignment, report in zip(active, reports):
+        server.now_holds(assignment.client, assignment.window.units)
+        if report.reason.startswith(OVER_CAP):
+            server.limits[assignment.client] = report.blocks - 1
+    contributors = {unit.name: means[unit.index].contributors for unit in state.table}
+    for unit in state.table:
+        state.replica.versions[unit.index] += bool(contributors[unit.name])
+    reports += [_sits_out(a) for a in planned if a.window is None]
+    score = (None, {})
+    if round % config.evaluation.every == 0 or round == config.rounds:
+        transport.broadcast_value(True)
+        _distribute_from_server(state)
+        score = _score_on_server(job, state)
+    else:
+        transport.broadcast_value(False)
+    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, contributors, time.monotonic() - began)
+    payload = {"up": {str(client): units for client, units in uploads.items()}, "down": {str(client): sent for client, sent in downloads.items()}}
+    return RoundResult(record, reports, {"round": round, "payload": payload, "mpi": transport.gather(transport.ledger.take())})
+
+
+def _serve_wave(state: RankState, optimizer: ServerOptimizer, hosted: list[Assignment], means: dict[int, UnitMean], uploads: dict[int, dict[str, int]],
+                weight: float, last: bool) -> tuple[float, list[ClientReport]]:
+    """One client per rank: hand out, gather, add up; in the last wave finish each unit as soon as it is complete."""
+    transport = state.transport
+    idle = transport.size - 1 - len(hosted)
+    transport.scatter([None, *(assignment.to_json() for assignment in hosted), *[None] * idle])
+    statuses = transport.gather(None)[1:]
+    weight += sum(assignment.weight for assignment, ok in zip(hosted, statuses) if ok)
+    for unit in state.table:
+        blocks = transport.gather_blocks(NOTHING)[1:]
+        for assignment, block in zip(hosted, blocks):
+            if len(block):
+                uploads.setdefault(assignment.client, {})[unit.name] = block.nbytes
+                pieces = unframe(state.codec, block, assignment.round, assignment.client, unit)
+                means[unit.index].add(state.method.restore(pieces))
+        if last and means[unit.index].contributors:
+            _finish(state, optimizer, means[unit.index], weight)
+    return weight, [ClientReport(**report) for report in transport.gather(None)[1 : 1 + len(hosted)]]
+
+
+def _finish(state: RankState, optimizer: ServerOptimizer, mean: UnitMean, weight: float) -> None:
+    """Put one unit's new tensors in place."""
+    for tensor in mean.unit.tensors:
+        old = state.replica.tensors[tensor.name]
+        value, share = mean.mean(tensor.name, old, weight)
+        old.copy_(optimizer.step(tensor.name, old, state.method.finish(old, value, share)))
+    mean.clear()
+
+
+def _distribute_from_server(state: RankState) -> None:
+    """Send the units that changed since the last time; every rank ends with the server's versions."""
+    stale = state.transport.gather(state.replica.versions)
+    changed = [unit for unit, version in enumerate(state.replica.versions) if any(versions[unit] != version for versions in stale)]
+    state.transport.broadcast_value({"units": changed, "versions": state.replica.versions})
+    for unit in changed:
+        state.transport.broadcast(state.replica.buffers[unit])
+
+
+def _score_on_server(job: Job, state: RankState) -> tuple[Score, dict[str, dict[str, float | None]]]:
+    """Total score and per budget group, from all ranks' shares; sums run in client order."""
+    gathered = dict(entry for entries in state.transport.gather(_own_scores(state)) for entry in entries)
+    total, by_group = Score(0.0, 0, 0), {}
+    for client in job.clients:
+        score = Score(*gathered[client.id])
+        total += score
+        by_group[client.group] = by_group.get(client.group, Score(0.0, 0, 0)) + score
+    return total, {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in by_group.items()}
+
+
+def _download_bytes(state: RankState, server: ServerState, assignment: Assignment) -> dict[str, int]:
+    """Payload that this client is sent: units newer than its copy, and its assignment; its first whole model apart."""
+    copy = server.copies.get(assignment.client)
+    stale = [unit for unit in state.table if copy is None or copy[unit.index] != state.replica.versions[unit.index]]
+    units = sum(unit.bytes for unit in stale)
+    return {"first": units if copy is None else 0, "units": 0 if copy is None else units, "assignment": pack(assignment.to_json()).nbytes}
+
+
+def _sits_out(assignment: Assignment) -> ClientReport:
+    reason = "no window fits its budget"
+    return ClientReport(assignment.round, assignment.client, False, reason, 0, 0, None, assignment.memory_bytes, 0, 0, 0, 0, 0.0)
+
+
+def _record(round: int, rate: float, score: tuple, planned: list[Assignment], reports: list[ClientReport], uploads: dict[int, dict[str, int]],
+            downloads: dict[int, dict[str, int]], contributors: dict[str, int], seconds: float) -> RoundRecord:
+    total, groups = score
+    losses = [report.loss for report in reports if report.ok and report.loss is not None]
+    shares = [report.measured_peak_bytes / report.memory_bytes for report in reports if report.blocks]
+    return RoundRecord(
+        round=round, train_loss=sum(losses) / len(losses) if losses else None, test_loss=total and total.loss, test_accuracy=total and total.accuracy,
+        groups=groups, taking_part=len(planned), merged=sum(report.ok for report in reports),
+        upload_bytes=sum(sum(units.values()) for units in uploads.values()),
+        download_bytes=sum(sent["units"] + sent["assignment"] for sent in downloads.values()),
+        first_download_bytes=sum(sent["first"] for sent in downloads.values()),
+        flops=sum(report.flops for report in reports), peak_share=max(shares, default=None), contributors=contributors, learning_rate=rate, seconds=seconds)
+
+
+# --- the client ranks' half ------------------------------------------------------------------
+
+OVER_CAP = "over its memory cap"
+
+
+def work(state: RankState, cap: MemoryCap) -> bool:
+    """Client rank: take part in rounds until the server ends them. Returns whether the run is finished."""
+    while (order := state.transport.broadcast_value())["round"] is not None:
+        if order["round"] == 0:
+            _distribute_to_client(state)
+            state.transport.gather(_own_scores(state))
+        else:
+            _work_round(state, cap)
+        state.transport.gather(state.transport.ledger.take())
+    return order["finished"]
+
+
+def _work_round(state: RankState, cap: MemoryCap) -> None:
+    transport = state.transport
+    _distribute_to_client(state)
+    waves = transport.broadcast_value()
+    for _ in range(waves):
+        assignment = transport.scatter()
+        if assignment is None:
+            _idle(state)
+        else:
+            _host(state, cap, Assignment.from_json(assignment))
+    if transport.broadcast_value():
+        _distribute_to_client(state)
+        transport.gather(_own_scores(state))
+
+
+def _idle(state: RankState) -> None:
+    """A wave in which this rank hosts nobody."""
+    state.transport.gather(False)
+    for _ in state.table:
+        state.transport.gather_blocks(NOTHING)
+    state.transport.gather(None)
+
+
+def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
+    """One client's round under its cap: train, then send unit by unit."""
+    transport, began, uploaded = state.transport, time.monotonic(), 0
+    with cap.imposed(assignment.memory_bytes) as meter:
+        tensors, trained, reason = _try_to_train(state, assignment)
+        with meter.paused():
+            transport.gather(not reason)
+        seconds = time.monotonic() - began
+        for unit in state.table:
+            block, problem = _try_to_frame(state, tensors, assignment, unit)
+            reason = reason or problem
+            uploaded += block.nbytes
+            with meter.paused():
+                transport.gather_blocks(block)
+        del tensors, block
+    transport.gather(asdict(_report(state, assignment, meter, trained, reason, uploaded, seconds)))
+
+
+def _try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor] | None, Trained, str]:
+    """Train; running into the cap or into numbers that are not finite is a result, any other error is not caught."""
+    try:
+        tensors, trained = _train(state, assignment)
+        return tensors, trained, ""
+    except Exception as error:
+        if is_allocation_failure(error):
+            reason = f"{OVER_CAP} of {assignment.memory_bytes} bytes: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        elif isinstance(error, NotFinite):
+            reason = f"not finite: {error.found}"
+        else:
+            raise
+    collect_garbage()
+    return None, Trained(0, 0, None), reason
+
+
+def _train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor], Trained]:
+    """The client's own copy of the model, trained; only its tensors are left when this returns."""
+    model = from_tensors(state.spec, state.replica.copy())
+    state.method.prepare(model)
+    data = state.shards.train(assignment.client, state.spec.context)
+    with state.method.attached(model, assignment) as parameters:
+        trained = train(model, parameters, assignment.window.first, data, state.config.training, assignment, state.config.seed)
+    tensors = state.method.shared(model)
+    for unit in assignment.window.units:
+        for tensor in state.table[unit].tensors:
+            if not torch.isfinite(tensors[tensor.name]).all():
+                raise NotFinite(f"update of client {assignment.client}", f"{tensor.name} is not finite", "lower training.learning_rate")
+    return tensors, trained
+
+
+def _try_to_frame(state: RankState, tensors: dict[str, torch.Tensor] | None, assignment: Assignment, unit: Unit) -> tuple[np.ndarray, str]:
+    """One unit's block; empty where there is nothing to send or no room to encode it."""
+    if tensors is None:
+        return NOTHING, ""
+    draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
+    try:
+        return frame(state.codec, state.method.collect(tensors, assignment, unit), assignment.round, assignment.client, draws), ""
+    except Exception as error:
+        if not is_allocation_failure(error):
+            raise
+        return NOTHING, f"{OVER_CAP} of {assignment.memory_bytes} bytes while encoding {unit.name}"
+
+
+def _report(state: RankState, assignment: Assignment, meter: Meter, trained: Trained, reason: str, uploaded: int, seconds: float) -> ClientReport:
+    flops = state.costs.flops(assignment.window, trained.sequences * state.spec.context)
+    return ClientReport(assignment.round, assignment.client, not reason, reason, state.table.trained_blocks(assignment.window), trained.sequences,
+                        trained.loss, assignment.memory_bytes, assignment.predicted_peak_bytes, meter.peak_bytes, uploaded, flops, seconds)
+
+
+def _distribute_to_client(state: RankState) -> None:
+    state.transport.gather(state.replica.versions)
+    message = state.transport.broadcast_value()
+    for unit in message["units"]:
+        state.transport.broadcast(state.replica.buffers[unit])
+    state.replica.versions = message["versions"]
+
+
+# --- both halves -----------------------------------------------------------------------------
+
+
+def _own_scores(state: RankState) -> list[tuple[int, list]]:
+    """(client, score) of this rank's share of the test shards: spread over all ranks by test tokens."""
+    load = [0] * state.transport.size
+    mine = []
+    for client in sorted(range(len(state.shards.shards)), key=lambda c: (-state.shards.shards[c].test_tokens, c)):
+        rank = load.index(min(load))
+        load[rank] += state.shards.shards[client].test_tokens
+        if rank == state.transport.rank:
+            mine.append(client)
+    model = from_tensors(state.spec, state.replica.tensors)
+    scores = []
+    for client in mine:
+        score = evaluate(model, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch))
+        scores.append((client, [score.loss_sum, score.correct, score.tokens]))
+    return scores

@@ -1,0 +1,193 @@
+"""Commands that train or score, from config to exit code: which half this process runs, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distfl import checkpoints, settings
+from distfl.checkpoints import ServerState
+from distfl.config import PretrainConfig, TrainConfig
+from distfl.errors import EXIT_REFUSED, EXIT_REQUEUE, CapError, DistflError
+from distfl.files import write_atomically
+from distfl.launching import StopRequest
+from distfl.memory_cap import exact_allocator, make_cap
+from distfl.messages import Score
+from distfl.model import ModelSpec, from_tensors
+from distfl.rounds import RankState, introduce, join, rank_state, refuse, serve, work
+from distfl.transport.base import Transport
+from distfl.units import UnitTable
+
+if TYPE_CHECKING:
+    from distfl.jobs import Job
+    from distfl.recording import RunFolder
+
+
+def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
+    """Server and one client rank as threads of this process."""
+    from distfl.transport.local import group
+
+    server, client = group(2)
+    thread = threading.Thread(target=_run_client, args=(client,), name="client rank", daemon=True)
+    thread.start()
+    try:
+        return _run_server(server, "local", options, stop)
+    finally:
+        thread.join()
+
+
+def run_rank(options: argparse.Namespace, stop: StopRequest) -> int:
+    """This process's half of a run under an MPI launcher."""
+    from distfl.transport.mpi import library, world
+
+    transport = world(smallest=2)
+    return _run_server(transport, library(), options, stop) if transport.rank == 0 else _run_client(transport)
+
+
+def _run_client(transport: Transport) -> int:
+    """A client rank's life. Anything that escapes ends the whole job."""
+    try:
+        torch.set_num_threads(1)
+        exact_allocator()
+        joined = join(transport)
+        if joined is None:
+            return EXIT_REFUSED
+        return 0 if work(*joined) else EXIT_REQUEUE
+    except threading.BrokenBarrierError:  # local transport: the server has ended and said why
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        transport.abort(1)
+
+
+def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, stop: StopRequest) -> int:
+    """The server rank's life: refuse what cannot work before any rank trains, then serve."""
+    introduced = False
+    try:
+        torch.set_num_threads(1)
+        exact_allocator()
+        # imported here: a client rank runs this module too and must not pay for data and records
+        from distfl.jobs import prepare
+        from distfl.recording import RunFolder
+
+        config = settings.load(TrainConfig, options.config, options.overrides)
+        folder = RunFolder(config)
+        folder.check(options.resume)
+        cap = make_cap(config.memory.enforce)
+        job = prepare(config)
+        state = rank_state(transport, config, job.spec, job.shards)
+        server = _server_state(job, state, folder if options.resume else None)
+        introduced = True
+        introduce(job, state)
+        folder.begin(job, transport.size, mpi, cap.name, server.round if options.resume else None)
+        return _serve_to_the_end(job, state, server, folder, stop)
+    except DistflError as error:
+        print(f"distfl: {error}", file=sys.stderr, flush=True)
+        if not introduced:
+            refuse(transport)
+        elif not isinstance(error, CapError):  # the ranks are in the middle of something
+            transport.abort(1)
+        return EXIT_REFUSED
+    except BaseException:
+        traceback.print_exc()
+        transport.abort(1)
+
+
+def _server_state(job: Job, state: RankState, resumed: RunFolder | None) -> ServerState:
+    """The pretrained model, or where the last checkpoint left off."""
+    if resumed is not None:
+        return checkpoints.load(resumed.checkpoints, state.replica)
+    state.replica.fill(job.family.tensors(job.selection.depth))
+    return ServerState(0, state.replica)
+
+
+def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: RunFolder, stop: StopRequest) -> int:
+    """All rounds, then table and picture, then the mark."""
+    from distfl import reporting
+    from distfl.recording import Recorder
+
+    recorder = Recorder(folder, server)
+    finished = serve(job, state, server, recorder, stop)
+    recorder.close()
+    if not finished:
+        print(f"distfl: stopped after round {server.round} on request; continue with --resume", flush=True)
+        return EXIT_REQUEUE
+    run = reporting.read_run(folder.path)
+    text = reporting.summary(run)
+    write_atomically(folder.path / "summary.txt", text + "\n")
+    print(f"\n{text}\n\npicture: {reporting.picture(run)}", flush=True)
+    folder.finish()
+    return 0
+
+
+def run_pretraining(config: PretrainConfig, resume: bool, launched: bool) -> int:
+    """Pretrain a family in this process, or on all ranks the launcher started."""
+    from distfl.pretrain import pretrain
+
+    if launched:
+        from distfl.transport.mpi import world
+
+        torch.set_num_threads(1)
+        transport: Transport = world(smallest=1)
+    else:
+        from distfl.transport.local import group
+
+        transport = group(1)[0]
+    try:
+        family = pretrain(config, transport, resume)
+    except DistflError as error:
+        print(f"distfl: {error}", file=sys.stderr, flush=True)
+        transport.abort(EXIT_REFUSED)
+    except BaseException:
+        traceback.print_exc()
+        transport.abort(1)
+    if family is not None:
+        print(f"family {family.folder}: depths {list(family.depths)}", flush=True)
+    return 0
+
+
+def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Tensor], Path]:
+    """Shape, weights and tokenizer file of a run's merged model, or of one depth of a family.
+
+    Raises:
+        DistflError: neither a run nor a family, or the depth is missing.
+    """
+    from distfl.family import open_family
+    from distfl.replica import Replica
+
+    folder = Path(source)
+    if (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        family = open_family(manifest["family"])
+        spec = family.spec(manifest["depth"])
+        server = checkpoints.load(folder / "checkpoints", Replica(UnitTable(spec)))
+        return spec, server.replica.tensors, family.folder / "tokenizer.json"
+    family = open_family(source)
+    depth = depth or family.depths[-1]
+    return family.spec(depth), family.tensors(depth), family.folder / "tokenizer.json"
+
+
+def score_run(folder: Path) -> dict:
+    """Loss and accuracy of a run's newest merged model on its clients' test text, total and per budget group."""
+    from distfl.jobs import tokenised
+    from distfl.family import open_family
+    from distfl.reporting import read_run
+    from distfl.training import evaluate
+
+    run = read_run(folder)
+    spec, tensors, _ = load_model(str(folder), None)
+    shards = tokenised(run.config, open_family(run.config.model.family))
+    model, total, groups = from_tensors(spec, tensors), Score(0.0, 0, 0), {}
+    for client, group in enumerate(run.manifest["groups"].values()):
+        score = evaluate(model, shards.test(client, spec.context).in_order(run.config.evaluation.batch))
+        total, groups[group] = total + score, groups.get(group, Score(0.0, 0, 0)) + score
+    return {"loss": total.loss, "accuracy": total.accuracy, "tokens": total.tokens,
+            "groups": {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in groups.items()}}

@@ -1,0 +1,132 @@
+"""Token shards: tokenised once by the server rank, memory-mapped by everybody, batches of one client.
+
+A shard folder holds ``tokens.bin`` (uint16, all clients one after another: train, then test) and
+``index.json`` (where each client's tokens lie). A rank maps only the part of the clients it serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distfl.errors import DataError
+from distfl.files import sha256, write_json
+from distfl.model import IGNORED_TARGET
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKEN = np.dtype("<u2")
+END_OF_TEXT = "<|endoftext|>"  # stands after every text
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where one client's tokens lie: offset and lengths in tokens."""
+
+    name: str
+    offset: int
+    train_tokens: int
+    test_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a rank must know to map a client's tokens."""
+
+    folder: str
+    checksum: str  # sha256 of tokens.bin
+    shards: tuple[Shard, ...]
+
+    @staticmethod
+    def from_json(values: dict) -> ShardIndex:
+        return ShardIndex(values["folder"], values["checksum"], tuple(Shard(**shard) for shard in values["shards"]))
+
+    def train(self, client: int, context: int) -> Sequences:
+        shard = self.shards[client]
+        return Sequences(self._map(shard.offset, shard.train_tokens), context)
+
+    def test(self, client: int, context: int) -> Sequences:
+        shard = self.shards[client]
+        return Sequences(self._map(shard.offset + shard.train_tokens, shard.test_tokens), context)
+
+    def _map(self, offset: int, tokens: int) -> np.ndarray:
+        if tokens == 0:  # an empty range cannot be mapped
+            return np.empty(0, TOKEN)
+        return np.memmap(Path(self.folder) / "tokens.bin", TOKEN, "r", offset * TOKEN.itemsize, (tokens,))
+
+
+class Sequences:
+    """A token stream cut into rows of ``context`` inputs with the next token of each as target.
+
+    The last row may be short; it is padded, and padding has no target. ``len()`` is the number of rows.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int):
+        self.tokens, self.context = tokens, context
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.tokens) - 1) // self.context))
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the given rows, both (len(rows), context) int64."""
+        inputs = torch.zeros(len(rows), self.context, dtype=torch.int64)
+        targets = torch.full((len(rows), self.context), IGNORED_TARGET, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            piece = torch.from_numpy(self.tokens[row * self.context : (row + 1) * self.context + 1].astype(np.int64))
+            inputs[i, : len(piece) - 1] = piece[:-1]
+            targets[i, : len(piece) - 1] = piece[1:]
+        return inputs, targets
+
+    def in_order(self, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All rows once, in order, in batches of at most ``batch`` rows."""
+        for start in range(0, len(self), batch):
+            yield self.batch(range(start, min(start + batch, len(self))))
+
+
+def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenizer, key: str, cache: Path) -> ShardIndex:
+    """Tokenise each client's (name, train texts, test texts) into ``cache/shards-<key>``, or reuse what lies there.
+
+    Args:
+        key: names what was tokenised: corpus checksum, tokenizer checksum, partition. Hashed here.
+
+    Raises:
+        DataError: the vocabulary does not fit the token type, or a client has fewer than two training tokens.
+    """
+    folder = cache / f"shards-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    index_file, token_file = folder / "index.json", folder / "tokens.bin"
+    if index_file.is_file() and token_file.is_file():
+        index = ShardIndex.from_json(json.loads(index_file.read_text()) | {"folder": str(folder)})
+        if sha256(token_file) == index.checksum:
+            return index
+    if tokenizer.get_vocab_size() > np.iinfo(TOKEN).max + 1:
+        raise DataError("token shards", f"a vocabulary of {tokenizer.get_vocab_size()}", f"use a tokenizer of at most {np.iinfo(TOKEN).max + 1} entries")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, offset = [], 0
+    temporary = folder / ".tokens.bin"
+    with open(temporary, "wb") as file:
+        for name, train, test in texts:
+            streams = [_encode(tokenizer, part) for part in (train, test)]
+            if len(streams[0]) < 2:
+                raise DataError(f"client {name!r}", "fewer than two tokens of training text", "raise data.minimum_characters or lower data.clients")
+            shards.append(Shard(name, offset, len(streams[0]), len(streams[1])))
+            for stream in streams:
+                file.write(stream.tobytes())
+                offset += len(stream)
+    temporary.replace(token_file)
+    index = ShardIndex(str(folder), sha256(token_file), tuple(shards))
+    write_json(index_file, asdict(index))
+    return index
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids = [token for encoding in tokenizer.encode_batch(texts, add_special_tokens=False) for token in (*encoding.ids, end)]
+    return np.asarray(ids, TOKEN)

@@ -1,0 +1,1 @@
+"""How ranks talk: one small interface, one backend per file."""

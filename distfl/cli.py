@@ -23,12 +23,23 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options, arguments)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Overrides may stand anywhere among the options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

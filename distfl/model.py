@@ -42,13 +42,33 @@ class ModelSpec:
         return 4 * self.width
 
 
+class _Given:
+    """Weights are always given (``from_tensors``). PyTorch's own initialisation, run on a skeleton without
+    memory, would import ``torch._dynamo`` and ``sympy``: one second of CPU on every client rank."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Linear(_Given, nn.Linear):
+    pass
+
+
+class Embedding(_Given, nn.Embedding):
+    pass
+
+
+class LayerNorm(_Given, nn.LayerNorm):
+    pass
+
+
 class Stem(nn.Module):
     """Token and position embedding."""
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.token = nn.Embedding(spec.vocabulary, spec.width)
-        self.position = nn.Embedding(spec.context, spec.width)
+        self.token = Embedding(spec.vocabulary, spec.width)
+        self.position = Embedding(spec.context, spec.width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.token(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T) -> (B, T, d)
@@ -61,12 +81,12 @@ class Block(nn.Module):
         super().__init__()
         width = spec.width
         self.heads = spec.heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, spec.feedforward)
-        self.fc2 = nn.Linear(spec.feedforward, width)
+        self.norm1 = LayerNorm(width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.norm2 = LayerNorm(width)
+        self.fc1 = Linear(width, spec.feedforward)
+        self.fc2 = Linear(spec.feedforward, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.proj(self._attend(self.qkv(self.norm1(x))))
@@ -85,8 +105,8 @@ class Head(nn.Module):
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.norm = nn.LayerNorm(spec.width)
-        self.output = nn.Linear(spec.width, spec.vocabulary, bias=False)
+        self.norm = LayerNorm(spec.width)
+        self.output = Linear(spec.width, spec.vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.norm(x))  # (B, T, d) -> (B, T, V)

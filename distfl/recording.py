@@ -51,16 +51,17 @@ class RunFolder:
         if different:
             raise CheckpointError(f"--resume of {self.path}", f"sections {different} differ from {saved}", "resume with the config the run was started with")
 
-    def begin(self, job: Job, ranks: int, mpi: str, enforced_by: str, resumed_at: int | None) -> None:
+    def begin(self, job: Job, mpi: str, enforced_by: str, start_up_cpu_seconds: list[float], resumed_at: int | None) -> None:
         """Write config and manifest, or cut the line files back to the checkpoint that is continued from."""
         if resumed_at is not None:
             for name in LINES:
                 self._cut(self.path / name, resumed_at)
         write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))
-        manifest = {"distfl": distfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "mpi": mpi, "ranks": ranks,
+        manifest = {"distfl": distfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "mpi": mpi, "ranks": len(start_up_cpu_seconds),
                     "host": socket.gethostname(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "resumed_after_round": resumed_at,
                     "family": str(job.config.model.family), "depth": job.selection.depth, "memory_enforced_by": enforced_by,
-                    "groups": {client.name: client.group for client in job.clients}, "tokens_checksum": job.shards.checksum}
+                    "groups": {client.name: client.group for client in job.clients}, "tokens_checksum": job.shards.checksum,
+                    "start_up_cpu_seconds_by_rank": start_up_cpu_seconds}
         write_json(self.path / "manifest.json", manifest)
 
     @staticmethod

@@ -79,17 +79,25 @@ def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shard
 # --- introduction and proof ------------------------------------------------------------------
 
 
-def introduce(job: Job, state: RankState) -> None:
-    """Server: tell every rank what this run is (raises CapError where a rank could not prove its cap)."""
+def introduce(job: Job, state: RankState) -> list[float]:
+    """Server: tell every rank what this run is.
+
+    Returns:
+        CPU seconds that each rank has used from its process's start until it was ready, by rank.
+
+    Raises:
+        CapError: a rank could not prove its cap; all ranks have been told that there will be no run.
+    """
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
     transport.broadcast_value({"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets})
-    proofs = transport.gather("")
-    failed = {rank: proof for rank, proof in enumerate(proofs) if proof}
+    ready = transport.gather({"cpu_seconds": time.process_time(), "failure": None})
+    failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
     transport.broadcast_value(not failed)
     if failed:
         rank, (asked, found, change) = next(iter(failed.items()))
         raise CapError(f"{asked} on every client rank (first failing: rank {rank} of {sorted(failed)})", found, change)
+    return [round(message["cpu_seconds"], 3) for message in ready]
 
 
 def refuse(transport: Transport) -> None:
@@ -104,15 +112,15 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
         return None
     config = settings.from_dict(TrainConfig, message["config"])
     state = rank_state(transport, config, ModelSpec(**message["spec"]), ShardIndex.from_json(message["shards"]))
-    proof, cap = "", None
+    failure, cap = None, None
     try:
         cap = make_cap(config.memory.enforce)
         warm_up(state.spec, config.training)
         for budget in message["budgets"]:
             cap.prove(budget)
     except CapError as error:
-        proof = [error.asked, error.found, error.change]
-    transport.gather(proof)
+        failure = [error.asked, error.found, error.change]
+    transport.gather({"cpu_seconds": time.process_time(), "failure": failure})
     return (state, cap) if transport.broadcast_value() else None
 
 

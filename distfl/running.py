@@ -86,8 +86,8 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         state = rank_state(transport, config, job.spec, job.shards)
         server = _server_state(job, state, folder if options.resume else None)
         introduced = True
-        introduce(job, state)
-        folder.begin(job, transport.size, mpi, cap.name, server.round if options.resume else None)
+        cpu_seconds = introduce(job, state)
+        folder.begin(job, mpi, cap.name, cpu_seconds, server.round if options.resume else None)
         return _serve_to_the_end(job, state, server, folder, stop)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)

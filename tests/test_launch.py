@@ -242,7 +242,8 @@ def test_launchers_pass_arguments_and_exit_code_on(launchers, tmp_path):
         return result.stdout.strip()
 
     config = launchers / "configs" / "quickstart.yaml"
-    assert told("launch/quickstart", "run.folder=a b") == f"distfl in {tmp_path}: [train] [{config}] [--ranks] [9] [run.folder=a b]"
+    quickstart = re.escape(f"distfl in {tmp_path}: [train] [--ranks] [9] [{config}] [run.folder=runs/quickstart-")
+    assert re.fullmatch(quickstart + r"[\d-]+\] \[run\.folder=a b\]", told("launch/quickstart", "run.folder=a b"))
     assert told("launch/mpirun", "4", "plan", "x.yaml") == f"distfl in {tmp_path}: [plan] [x.yaml] [--ranks] [4]"
     assert told("launch/check") == f"distfl in {tmp_path}: [doctor]"
     assert told("launch/test", "-k", "a b") == f"python in {launchers}: [-m] [pytest] [-k] [a b]"

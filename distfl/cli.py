@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
-    stop = launching.StopRequest()
     size = launching.launched_size()
     if size is None:
         config = settings.load(TrainConfig, options.config, options.overrides)
@@ -86,6 +85,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
             return launching.run_ranks(options.ranks, arguments)
         if config.transport.name == "mpi":
             raise ConfigError("transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N")
+    stop = launching.StopRequest()  # before the slow imports: from here on the signal does not end the process
     from distfl.running import run_locally, run_rank
 
     return run_locally(options, stop) if size is None else run_rank(options, stop)

@@ -61,13 +61,16 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
 
 def run_ranks(ranks: int, arguments: list[str]) -> int:
     """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on. Returns the exit code."""
-    process = subprocess.Popen(mpirun_command(ranks, arguments))
+    process, early = None, []
 
     def pass_on(number: int, _frame: object) -> None:
-        process.send_signal(number)
+        early.append(number) if process is None else process.send_signal(number)
 
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    process = subprocess.Popen(mpirun_command(ranks, arguments))
+    for number in early:
+        process.send_signal(number)
     code = process.wait()
     return code if code >= 0 else 128 - code
 

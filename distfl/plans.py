@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from distfl.costs import Peak
 from distfl.fleet import GIGA, MEGA, Client
 from distfl.jobs import Job
 from distfl.messages import Assignment
@@ -56,12 +55,11 @@ def _groups(job: Job) -> str:
 
 def _parts(job: Job) -> str:
     """The terms of each group's predicted peak."""
-    costs = job.workload(1).costs
     rows = [["predicted peak, MB", "weights", "optimizer", "activations", "transient", "margin", "total", "fullest moment"]]
     for group, entries in _members(job).items():
-        window = entries[-1][1].window
-        if window is not None:
-            peak: Peak = costs.peak(window)
+        client, assignment = entries[-1]
+        if assignment.window is not None:
+            peak = job.method.cost(client, assignment.window, job.workload(1)).peak
             parts = (peak.weights, peak.optimizer, peak.activations, peak.transient, peak.margin, peak.bytes)
             rows.append([group, *map(_mega, parts), max(peak.moments, key=peak.moments.get)])
     return table(rows)

@@ -78,7 +78,10 @@ case "$*" in
     *version_info*2\\]*) echo 3.12 ;;
     *version_info*) [ -z "${OLD:-}" ] && printf '%s\\n' "${VERSION:-3.12.5}" /fake "${BASE:-$0}" ;;
     *"-m venv"*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" && echo "$0" >"${!#}/made-by" ;;
-    *"-m pip"*) sleep "${PIP_SECONDS:-0}"; echo "MPICC=${MPICC:-} $*" >>"$here/../../pip-calls"; [ -z "${PIP_FAILS:-}" ] || { echo no network; exit 1; } ;;
+    *"-m pip"*)
+        sleep "${PIP_SECONDS:-0}"
+        echo "MPICC=${MPICC:-} $*" >>"$here/../../pip-calls"
+        [ -z "${PIP_FAILS:-}" ] || { echo no network; exit 1; } ;;
     --version) echo Python 3.9.2 ;;
     *) exit 99 ;;
 esac

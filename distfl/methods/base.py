@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +38,10 @@ class Workload:
     costs: Costs
     training: TrainingConfig
     learning_rate: float
+
+    def costs_for(self, client: Client) -> Costs:
+        """The formulas with the batch this client fills: one with few sequences never makes a full one."""
+        return replace(self.costs, batch=min(self.costs.batch, client.rows))
 
     def sequences(self, client: Client) -> int:
         """Training sequences (padded ones count) that a client computes in one round."""
@@ -78,7 +82,7 @@ class Method(ABC):
 
     def cost(self, client: Client, window: Any, workload: Workload) -> Cost:
         """Peak, upload and FLOPs of a client's round; default: those of its window."""
-        costs = workload.costs
+        costs = workload.costs_for(client)
         tokens = workload.sequences(client) * costs.spec.context
         return Cost(costs.peak(window), self.upload_bytes(client, window, workload), costs.flops(window, tokens))
 

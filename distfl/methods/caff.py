@@ -64,7 +64,7 @@ class Caff(Method):
         blocks = min(depth, planned + self.options.extra_blocks.get(client.group, 0)) if planned else 0
         blocks = blocks if limit is None else min(blocks, limit)
         window = table.suffix(blocks) if blocks else None
-        predicted = workload.costs.peak(window).bytes if window else 0
+        predicted = self.cost(client, window, workload).peak.bytes if window else 0
         weight = float(client.rows) if self.options.averaging == "contributors" else 1.0
         return Assignment(round, client.id, window, weight, client.budget.memory_bytes, predicted, workload.learning_rate)
 

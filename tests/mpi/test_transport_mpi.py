@@ -1,0 +1,140 @@
+"""The MPI transport under a real mpirun: the same verbs on 1, 2 and 3 ranks, large blocks, waiting, abort."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distfl.errors import TransportError
+from distfl.launching import mpirun_path
+
+pytestmark = pytest.mark.mpi
+ROOT = Path(__file__).parents[2]
+
+START = """
+import json, sys, time
+import numpy as np
+from distfl.transport.base import WORD, pack
+from distfl.transport.mpi import world
+
+transport = world(smallest=int(sys.argv[1]))
+rank, size, first = transport.rank, transport.size, transport.rank == 0
+"""
+
+# Every rank checks its own values and counts what it must have sent and received; the root prints all ledgers and counts.
+VERBS = START + """
+sent, received = {}, {}
+
+def moved(verb, out, into):
+    if out: sent[verb] = out
+    if into: received[verb] = into
+
+array = np.arange(6, dtype=np.float32).reshape(2, 3) * (rank == 0)
+transport.broadcast(array)
+assert array.tolist() == [[0, 1, 2], [3, 4, 5]], array
+moved("broadcast", 24 * first, 24 * (not first))
+
+value = {"ä": [1, None, "x" * 1000]}
+assert transport.broadcast_value(value if first else None) == value
+bytes_ = 8 + pack(value).nbytes  # an int64 length goes before it
+moved("broadcast_value", bytes_ * first, bytes_ * (not first))
+
+values = [["for", r, "y" * 10 * r] for r in range(size)]
+assert transport.scatter(values if first else None) == values[rank]
+of_rank = [8 + pack(v).nbytes for v in values]
+moved("scatter", sum(of_rank[1:]) * first, of_rank[rank] * (not first))
+
+values = [{"rank": r, "z": "z" * r} for r in range(size)]
+assert transport.gather(values[rank]) == (values if first else None)
+of_rank = [8 + pack(v).nbytes for v in values]
+moved("gather", of_rank[rank] * (not first), sum(of_rank[1:]) * first)
+
+total_sent = total_received = 0
+for lengths in ([3, 0, 5], [0, 0, 0], [0, 7, 1], [2, 5_000_000, 0]):  # the last one holds a block of 20 MB
+    blocks = [np.arange(n, dtype=WORD) * (r + 1) for r, n in enumerate(lengths[:size])]
+    found = transport.gather_blocks(blocks[rank])
+    if first:
+        assert len(found) == size and all(f.dtype == WORD and np.array_equal(f, b) for f, b in zip(found, blocks))
+        found[0][...] = 9  # they can be written
+        total_received += sum(8 + b.nbytes for b in blocks[1:])
+    else:
+        assert found is None
+        total_sent += 8 + blocks[rank].nbytes
+moved("gather_blocks", total_sent, total_received)
+
+array = np.array([1, 10 * rank], np.float32)
+transport.sum(array)
+assert array.tolist() == [size, 10 * sum(range(size))], array
+moved("sum", 8, 8)
+
+counted = transport.ledger.take()
+everything = transport.gather([counted, {"sent": sent, "received": received}])
+if first:
+    print(json.dumps(everything))
+"""
+
+WAIT = START + """
+transport.broadcast_value(0)  # all are there
+began, cpu = time.monotonic(), time.process_time()
+if first:
+    time.sleep(2)
+array = np.zeros(1000, np.float32)
+transport.broadcast(array)
+used = [time.monotonic() - began, time.process_time() - cpu]
+everything = transport.gather(used)
+if first:
+    print(json.dumps(everything))
+"""
+
+ABORT = START + """
+if rank == 1:
+    transport.abort(3)
+transport.gather(None)
+time.sleep(60)
+"""
+
+
+def mpirun(ranks: int, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    flags = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = [mpirun_path(), "-n", str(ranks), *flags, "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", sys.executable, "-c", script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_verb_moves_the_right_values_and_counts_its_bytes(ranks):
+    done = mpirun(ranks, VERBS, "1")
+    assert done.returncode == 0, done.stderr
+    everything = json.loads(done.stdout)
+    assert len(everything) == ranks
+    for counted, expected in everything:
+        assert counted == expected
+    sums = [sum(sum(ledger[way].get(verb, 0) for verb in ("scatter", "gather", "gather_blocks")) for ledger, _ in everything) for way in ("sent", "received")]
+    assert sums[0] == sums[1]  # nothing got lost on the way
+    if ranks > 1:
+        assert everything[1][0]["sent"]["gather_blocks"] > 20_000_000
+
+
+def test_waiting_leaves_the_core_to_others():
+    done = mpirun(3, WAIT, "1")
+    assert done.returncode == 0, done.stderr
+    for waited, cpu_seconds in json.loads(done.stdout)[1:]:
+        assert waited > 1.9
+        assert cpu_seconds < 0.3
+
+
+def test_too_few_ranks_are_refused():
+    done = mpirun(1, START, "2")
+    assert done.returncode != 0
+    assert TransportError.__name__ in done.stderr and "at least 2 ranks" in done.stderr
+
+
+def test_abort_ends_every_rank():
+    began = time.monotonic()
+    done = mpirun(2, ABORT, "1")
+    assert done.returncode == 3, done.stderr
+    assert time.monotonic() - began < 30

@@ -54,9 +54,16 @@ def save(state: ServerState, folder: Path, keep: int) -> None:
     for file, tensors in files.items():
         save_file(tensors, temporary / file)
         _sync(temporary / file)
-    write_json(temporary / "state.json", {
-        "round": state.round, "versions": state.replica.versions, "limits": state.limits, "copies": state.copies,
-        "checksums": {file: sha256(temporary / file) for file in files}})
+    write_json(
+        temporary / "state.json",
+        {
+            "round": state.round,
+            "versions": state.replica.versions,
+            "limits": state.limits,
+            "copies": state.copies,
+            "checksums": {file: sha256(temporary / file) for file in files},
+        },
+    )
     _sync(temporary)
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(temporary, folder / name)
@@ -84,12 +91,20 @@ def load(folder: Path, replica: Replica) -> ServerState:
                 raise ValueError(f"{file} differs from its checksum")
         replica.fill(load_file(newest / "model.safetensors"))
         replica.versions = values["versions"]
-        return ServerState(values["round"], replica, load_file(newest / "optimizer.safetensors"),
-                           {int(k): v for k, v in values["limits"].items()}, {int(k): v for k, v in values["copies"].items()})
+        return ServerState(
+            values["round"],
+            replica,
+            load_file(newest / "optimizer.safetensors"),
+            {int(k): v for k, v in values["limits"].items()},
+            {int(k): v for k, v in values["copies"].items()},
+        )
     except Exception as error:  # safetensors, JSON and file errors alike: it cannot be continued from
         older = ", ".join(path.name for path in found[:-1]) or "none"
-        raise CheckpointError(f"checkpoint {newest}", f"damaged: {type(error).__name__}: {error}; older ones: {older}",
-                              f"delete {newest} to continue from an older one, or start anew in another run.folder") from None
+        raise CheckpointError(
+            f"checkpoint {newest}",
+            f"damaged: {type(error).__name__}: {error}; older ones: {older}",
+            f"delete {newest} to continue from an older one, or start anew in another run.folder",
+        ) from None
 
 
 def _sync(path: Path) -> None:

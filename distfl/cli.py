@@ -10,14 +10,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distfl import launching, settings
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_REFUSED, ConfigError, DistflError, TransportError
-
-if TYPE_CHECKING:
-    from distfl.transport.base import Transport
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +80,9 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
             _check_ranks(config, options.ranks)
             return launching.run_ranks(options.ranks, arguments)
         if config.transport.name == "mpi":
-            raise ConfigError("transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N")
+            raise ConfigError(
+                "transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N"
+            )
     stop = launching.StopRequest()  # before the slow imports: from here on the signal does not end the process
     from distfl.running import run_locally, run_rank
 
@@ -93,7 +91,11 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _check_ranks(config: TrainConfig, ranks: int) -> None:
     if ranks < 2:
-        raise TransportError(f"--ranks {ranks}", "a run needs a server rank and at least one client rank", "use --ranks 2 or more, or leave it away to run in one process")
+        raise TransportError(
+            f"--ranks {ranks}",
+            "a run needs a server rank and at least one client rank",
+            "use --ranks 2 or more, or leave it away to run in one process",
+        )
     if config.transport.name == "local":
         raise ConfigError("transport.name = local", f"--ranks {ranks} was given too", "leave one of them away")
 

@@ -60,8 +60,12 @@ class GroupConfig:
         for key in ("memory_mb", "upload_mb", "gflops", "share", "count"):
             value = getattr(self, key)
             require(value is None or value > 0, f"{where}.{key}", value, "above 0")
-        require((self.share is None) != (self.count is None), f"{where}.share/count", (self.share, self.count),
-                "given as either share or count, not both and not neither")
+        require(
+            (self.share is None) != (self.count is None),
+            f"{where}.share/count",
+            (self.share, self.count),
+            "given as either share or count, not both and not neither",
+        )
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,22 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "training.batch", self.batch, "at least 1")
-        require((self.epochs is None) != (self.steps is None), "training.epochs/steps", (self.epochs, self.steps),
-                "given as either epochs or steps, not both and not neither")
+        require(
+            (self.epochs is None) != (self.steps is None),
+            "training.epochs/steps",
+            (self.epochs, self.steps),
+            "given as either epochs or steps, not both and not neither",
+        )
         for key in ("epochs", "steps"):  # 0 steps is allowed: a round without training, for measuring
             value = getattr(self, key)
             require(value is None or value >= 0, f"training.{key}", value, "0 or more")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
-        require(self.final_learning_rate is None or self.final_learning_rate >= 0, "training.final_learning_rate",
-                self.final_learning_rate, "0 or more")
+        require(
+            self.final_learning_rate is None or self.final_learning_rate >= 0,
+            "training.final_learning_rate",
+            self.final_learning_rate,
+            "0 or more",
+        )
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.momentum < 1, "training.momentum", self.momentum, "in [0, 1)")
         require(all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas, "in [0, 1)")
@@ -215,7 +227,9 @@ class ArchitectureConfig:
     vocabulary: int = 2048
 
     def __post_init__(self) -> None:
-        require(len(self.depths) >= 1 and all(d >= 1 for d in self.depths), "architecture.depths", self.depths, "a list of numbers of blocks")
+        require(
+            len(self.depths) >= 1 and all(d >= 1 for d in self.depths), "architecture.depths", self.depths, "a list of numbers of blocks"
+        )
         require(list(self.depths) == sorted(set(self.depths)), "architecture.depths", self.depths, "in rising order, each once")
         require(self.width % self.heads == 0, "architecture.width", self.width, f"a multiple of heads ({self.heads})")
         require(300 <= self.vocabulary <= 65536, "architecture.vocabulary", self.vocabulary, "between 300 and 65536")

@@ -72,8 +72,11 @@ def read(data: DataConfig) -> Corpus:
     if data.corpus not in readers:
         known = ["pydocs", *readers]
         close = difflib.get_close_matches(data.corpus, known, n=1)
-        raise ConfigError(f"data.corpus = {data.corpus}", f"unknown{f'; did you mean {close[0]!r}?' if close else ''}",
-                          f"set data.corpus to one of: {', '.join(known)}")
+        raise ConfigError(
+            f"data.corpus = {data.corpus}",
+            f"unknown{f'; did you mean {close[0]!r}?' if close else ''}",
+            f"set data.corpus to one of: {', '.join(known)}",
+        )
     if data.path is None:
         raise ConfigError(f"data.corpus = {data.corpus}", "data.path is not set", "set data.path to its file, folder or hub name")
     with _quiet():
@@ -153,14 +156,19 @@ def _files(path: Path, kind: str) -> dict[str, Path]:
         files = [path / f"{name}{suffix}" for name in names for suffix in SUFFIXES[kind]]
         files = [file for file in files if file.is_file()]
         if len(files) > 1:
-            raise DataError(f"data.path = {path}", f"more than one {split} file: {', '.join(file.name for file in files)}",
-                            "leave one of them there, or set data.path to a single file")
-        found.update({split: file for file in files})
+            raise DataError(
+                f"data.path = {path}",
+                f"more than one {split} file: {', '.join(file.name for file in files)}",
+                "leave one of them there, or set data.path to a single file",
+            )
+        if files:
+            found[split] = files[0]
     if "train" not in found:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:20]) or "nothing"
         wanted = " or ".join(f"train{suffix}" for suffix in SUFFIXES[kind])
-        raise DataError(f"data.path = {path}", f"no {wanted} in it, but: {there}",
-                        "set data.path to a folder with such a file, or to the file itself")
+        raise DataError(
+            f"data.path = {path}", f"no {wanted} in it, but: {there}", "set data.path to a folder with such a file, or to the file itself"
+        )
     return found
 
 
@@ -176,8 +184,11 @@ def _read_hub(data: DataConfig) -> dict[str, Rows]:
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits = {split: next((tables[name] for name in names if name in tables), None) for split, names in SPLITS.items()}
     if splits["train"] is None:
-        raise DataError(f"data.path = {data.path}", f"no split train, but: {', '.join(tables) or 'none'}",
-                        "set data.path to a dataset with a train split")
+        raise DataError(
+            f"data.path = {data.path}",
+            f"no split train, but: {', '.join(tables) or 'none'}",
+            "set data.path to a dataset with a train split",
+        )
     return {split: _rows(table, data, f"{data.path}, split {split}") for split, table in splits.items() if table is not None}
 
 
@@ -211,8 +222,11 @@ def _check(row: dict[str, Any], wanted: dict[str, str], number: int, where: str)
     """Refuse a row in which a needed value is missing, or whose text is not text (``number`` counts from 0)."""
     for key, value in row.items():
         if value is None or key == "text_column" and not isinstance(value, str):
-            raise DataError(f"data.{key} = {wanted[key]}", f"row {number} of {where} has a value of type {type(value).__name__} there",
-                            f"mend or remove the row, or set data.{key} to a column that every row fills")
+            raise DataError(
+                f"data.{key} = {wanted[key]}",
+                f"row {number} of {where} has a value of type {type(value).__name__} there",
+                f"mend or remove the row, or set data.{key} to a column that every row fills",
+            )
 
 
 @contextlib.contextmanager
@@ -224,8 +238,9 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:
         # pyarrow's errors are ValueErrors; a StopIteration is what the library makes of a file of 0 bytes.
-        raise DataError(f"reading {where}", f"{type(error).__name__}: {error}",
-                        "mend what is there, or set data.corpus and data.path to fit it") from error
+        raise DataError(
+            f"reading {where}", f"{type(error).__name__}: {error}", "mend what is there, or set data.corpus and data.path to fit it"
+        ) from error
 
 
 # --- pydocs: the docstrings of the running interpreter's standard library ---------------------------------------------------------
@@ -241,8 +256,11 @@ def _pydocs(folder: Path) -> Rows:
     if rows is None:
         pairs = [(module, text) for module, file in _sources(stdlib) for text in _docstrings(file)]
         if not pairs:
-            raise DataError("data.corpus = pydocs", f"no Python sources in {stdlib}",
-                            "use a Python with its standard library's sources, or another data.corpus")
+            raise DataError(
+                "data.corpus = pydocs",
+                f"no Python sources in {stdlib}",
+                "use a Python with its standard library's sources, or another data.corpus",
+            )
         rows = Rows([text for _, text in pairs], [module for module, _ in pairs])
         _store(cache, rows)
     return rows
@@ -285,5 +303,6 @@ def _store(file: Path, rows: Rows) -> None:
     try:
         write_atomically(file, "\n".join(lines) + "\n")
     except OSError as error:
-        raise DataError(f"the cache file {file}", f"it cannot be written: {error}",
-                        "set data.cache to a folder that can be written") from error
+        raise DataError(
+            f"the cache file {file}", f"it cannot be written: {error}", "set data.cache to a folder that can be written"
+        ) from error

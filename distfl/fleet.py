@@ -51,7 +51,11 @@ def build_fleet(config: FleetConfig, names: list[str], rows: list[int], seed: in
     """
     sizes = group_sizes(config.groups, len(names))
     if config.participants is not None and config.participants > len(names):
-        raise ConfigError(f"fleet.participants = {config.participants}", f"the data has {len(names)} clients", "lower fleet.participants or raise data.clients")
+        raise ConfigError(
+            f"fleet.participants = {config.participants}",
+            f"the data has {len(names)} clients",
+            "lower fleet.participants or raise data.clients",
+        )
     order = np.arange(len(names)) if config.deal == "in_order" else seeds.generator(seed, "budget groups").permutation(len(names))
     group_of = np.empty(len(names), int)
     group_of[order] = np.repeat(np.arange(len(sizes)), sizes)
@@ -66,8 +70,11 @@ def group_sizes(groups: tuple[GroupConfig, ...], clients: int) -> list[int]:
     if groups[0].count is not None:
         sizes = [group.count for group in groups]
         if sum(sizes) != clients:
-            raise ConfigError(f"fleet.groups with counts {sizes}", f"they add up to {sum(sizes)}, the data has {clients} clients",
-                              "make the counts add up, or give shares")
+            raise ConfigError(
+                f"fleet.groups with counts {sizes}",
+                f"they add up to {sum(sizes)}, the data has {clients} clients",
+                "make the counts add up, or give shares",
+            )
         return sizes
     shares = np.array([group.share for group in groups], float)
     exact = shares / shares.sum() * clients
@@ -92,6 +99,6 @@ def participants(clients: list[Client], count: int | None, seed: int, round: int
     return [clients[i] for i in sorted(chosen)]
 
 
-def hosting(count: int, workers: int) -> list[list[int]]:
+def waves_of(count: int, workers: int) -> list[list[int]]:
     """Waves of positions: in each wave worker w hosts the w-th entry, and positions rise over waves and workers."""
     return [list(range(start, min(start + workers, count))) for start in range(0, count, workers)]

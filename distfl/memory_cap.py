@@ -31,8 +31,15 @@ MMAP_THRESHOLD_BYTES = 32 * 1024  # blocks below it could live unseen in free he
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
-_ALLOCATION_FAILURES = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "could not create a memory", "out of memory",
-                        "could not create a primitive", "could not execute a primitive")
+_ALLOCATION_FAILURES = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "could not create a memory",
+    "out of memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+)
 
 
 def is_allocation_failure(error: BaseException) -> bool:
@@ -111,11 +118,17 @@ class MemoryCap(ABC):
             under = _can_allocate(budget_bytes - step)
             past = _can_allocate(budget_bytes + step)
         if not under:
-            raise CapError(f"a cap of {budget_bytes} bytes by {self.name}", f"an allocation {step} bytes under it failed",
-                           "raise the limits of this process (ulimit -d, ulimit -v, the job's memory)")
+            raise CapError(
+                f"a cap of {budget_bytes} bytes by {self.name}",
+                f"an allocation {step} bytes under it failed",
+                "raise the limits of this process (ulimit -d, ulimit -v, the job's memory)",
+            )
         if past:
-            raise CapError(f"a cap of {budget_bytes} bytes by {self.name}", f"an allocation {step} bytes past it succeeded: the limit does not bite here",
-                           "see `distfl doctor`; memory.enforce=report measures without enforcing")
+            raise CapError(
+                f"a cap of {budget_bytes} bytes by {self.name}",
+                f"an allocation {step} bytes past it succeeded: the limit does not bite here",
+                "see `distfl doctor`; memory.enforce=report measures without enforcing",
+            )
 
 
 class Rlimit(MemoryCap):
@@ -133,7 +146,9 @@ class Rlimit(MemoryCap):
         try:
             self._resource.setrlimit(self._resource.RLIMIT_DATA, (self._soft if bytes_ is None else bytes_, self._hard))
         except (ValueError, OSError) as error:
-            raise CapError(f"RLIMIT_DATA of {bytes_} bytes", f"{error}; the hard limit is {self._hard}", "raise the hard limit (ulimit -H -d)") from None
+            raise CapError(
+                f"RLIMIT_DATA of {bytes_} bytes", f"{error}; the hard limit is {self._hard}", "raise the hard limit (ulimit -H -d)"
+            ) from None
 
 
 class Report(MemoryCap):
@@ -154,7 +169,11 @@ def make_cap(enforce: str) -> MemoryCap:
     if enforce == "report":
         return Report()
     if not sys.platform.startswith("linux"):
-        raise CapError(f"memory.enforce = {enforce}", f"platform {sys.platform}; RLIMIT_DATA counts mappings only on Linux", "set memory.enforce=report to measure only")
+        raise CapError(
+            f"memory.enforce = {enforce}",
+            f"platform {sys.platform}; RLIMIT_DATA counts mappings only on Linux",
+            "set memory.enforce=report to measure only",
+        )
     return Rlimit()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -63,13 +63,24 @@ class Assignment:
         return Assignment(**values | {"window": None if window is None else Window(*window)})
 
 
+Cause = Literal["over_cap", "not_finite", "no_window"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client's update is not (wholly) merged: a result, not an error."""
+
+    cause: Cause
+    reason: str
+
+
 @dataclass(frozen=True)
 class ClientReport:
     """What one client did in one round: predicted beside measured.
 
     Args:
         ok: its update was merged.
-        reason: why not, else "".
+        cause, reason: why not, in a word and in a sentence; None and "" where it was.
         blocks: trained blocks of its window.
         samples: sequences it trained on (with repetitions).
         loss: mean training loss in nats per token; None where it did not finish a step.
@@ -81,6 +92,7 @@ class ClientReport:
     round: int
     client: int
     ok: bool
+    cause: Cause | None
     reason: str
     blocks: int
     samples: int

@@ -32,9 +32,22 @@ class AdamW:
             self.means = [torch.zeros_like(p) for p in self.parameters]
             self.squares = [torch.zeros_like(p) for p in self.parameters]
         with torch.no_grad():
-            adamw(self.parameters, [p.grad for p in self.parameters], self.means, self.squares, [], self.steps, fused=True,
-                  amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=learning_rate, weight_decay=self.weight_decay,
-                  eps=self.epsilon, maximize=False)
+            adamw(
+                self.parameters,
+                [p.grad for p in self.parameters],
+                self.means,
+                self.squares,
+                [],
+                self.steps,
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=learning_rate,
+                weight_decay=self.weight_decay,
+                eps=self.epsilon,
+                maximize=False,
+            )
 
 
 class SGD:
@@ -46,8 +59,18 @@ class SGD:
 
     def step(self, learning_rate: float) -> None:
         with torch.no_grad():
-            sgd(self.parameters, [p.grad for p in self.parameters], self.buffers, fused=True, weight_decay=self.weight_decay,
-                momentum=self.momentum, lr=learning_rate, dampening=0.0, nesterov=False, maximize=False)
+            sgd(
+                self.parameters,
+                [p.grad for p in self.parameters],
+                self.buffers,
+                fused=True,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                lr=learning_rate,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
 
 def clip_gradients(parameters: Sequence[Tensor], largest_norm: float) -> float:

@@ -43,10 +43,14 @@ def deal(corpus: Corpus, data: DataConfig, seed: int) -> list[ClientText]:
     clients = {"by_column": _by_column, "iid": _iid, "dirichlet": _dirichlet}[data.partition](corpus, data, seed)
     if not any(client.test for client in clients):
         if corpus.test is None:
-            raise DataError("test text for the clients", "every client has one row of one word, which cannot be divided",
-                            "set data.path to longer text")
-        raise DataError("test text for the clients", f"the test split of {corpus.name} has no rows for any of the {len(clients)} clients",
-                        "name the clients alike in the train and test files, or remove the test file to use data.test_fraction")
+            raise DataError(
+                "test text for the clients", "every client has one row of one word, which cannot be divided", "set data.path to longer text"
+            )
+        raise DataError(
+            "test text for the clients",
+            f"the test split of {corpus.name} has no rows for any of the {len(clients)} clients",
+            "name the clients alike in the train and test files, or remove the test file to use data.test_fraction",
+        )
     return clients
 
 
@@ -60,9 +64,11 @@ def _by_column(corpus: Corpus, data: DataConfig, seed: int) -> list[ClientText]:
     characters = {name: sum(map(len, train[name])) for name in sorted(train)}
     characters = {name: count for name, count in characters.items() if count >= data.minimum_characters}
     if len(characters) < (data.clients or 1):
-        raise DataError(f"{data.clients or 'one or more'} clients from the client column of {corpus.name}",
-                        f"{len(characters)} of its {len(train)} names have at least {data.minimum_characters} characters of training text",
-                        "lower data.clients or data.minimum_characters")
+        raise DataError(
+            f"{data.clients or 'one or more'} clients from the client column of {corpus.name}",
+            f"{len(characters)} of its {len(train)} names have at least {data.minimum_characters} characters of training text",
+            "lower data.clients or data.minimum_characters",
+        )
     clients = []
     for client, names in _members(characters, data, seed).items():
         # Cut name by name, so that a merged client is tested on all the names it trains on.
@@ -74,8 +80,9 @@ def _by_column(corpus: Corpus, data: DataConfig, seed: int) -> list[ClientText]:
 def _grouped(rows: Rows) -> dict[str, list[str]]:
     """The texts of each name in the client column, in the order of the rows."""
     if rows.clients is None:
-        raise ConfigError("data.partition = by_column", "no client column",
-                          "set data.client_column, or data.partition=iid with data.clients")
+        raise ConfigError(
+            "data.partition = by_column", "no client column", "set data.client_column, or data.partition=iid with data.clients"
+        )
     groups: dict[str, list[str]] = {}
     for name, text in zip(rows.clients, rows.texts, strict=True):
         groups.setdefault(name, []).append(text)
@@ -125,8 +132,9 @@ def _dirichlet(corpus: Corpus, data: DataConfig, seed: int) -> list[ClientText]:
     Source: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks" (2019), experiments.
     """
     if corpus.train.labels is None:
-        raise ConfigError("data.partition = dirichlet", f"no label column for {corpus.name}",
-                          "set data.label_column, or another data.partition")
+        raise ConfigError(
+            "data.partition = dirichlet", f"no label column for {corpus.name}", "set data.label_column, or another data.partition"
+        )
     count = _count(corpus, data)
     train_rows = _rows_by_label(corpus.train)
     test_rows = _rows_by_label(corpus.test) if corpus.test is not None else {}
@@ -138,9 +146,11 @@ def _dirichlet(corpus: Corpus, data: DataConfig, seed: int) -> list[ClientText]:
         if all(len(rows) for rows in train):
             break
     else:
-        raise DataError(f"data.dirichlet_alpha = {data.dirichlet_alpha} with {count} clients",
-                        f"each of {DIRICHLET_DRAWS} draws left a client without any of the {len(corpus.train)} rows",
-                        "raise data.dirichlet_alpha or lower data.clients")
+        raise DataError(
+            f"data.dirichlet_alpha = {data.dirichlet_alpha} with {count} clients",
+            f"each of {DIRICHLET_DRAWS} draws left a client without any of the {len(corpus.train)} rows",
+            "raise data.dirichlet_alpha or lower data.clients",
+        )
     test = None
     if corpus.test is not None:
         test = _by_proportions(test_rows, proportions, count, generator(seed, "partition of the test split"))
@@ -179,8 +189,11 @@ def _count(corpus: Corpus, data: DataConfig) -> int:
     if data.clients is None:
         raise ConfigError(f"data.partition = {data.partition}", "data.clients is not set", "set data.clients to the number of clients")
     if data.clients > len(corpus.train):
-        raise DataError(f"data.clients = {data.clients}", f"{corpus.name} has {len(corpus.train)} training rows, and each client needs one",
-                        "lower data.clients")
+        raise DataError(
+            f"data.clients = {data.clients}",
+            f"{corpus.name} has {len(corpus.train)} training rows, and each client needs one",
+            "lower data.clients",
+        )
     return data.clients
 
 

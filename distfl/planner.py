@@ -21,9 +21,11 @@ CostOf = Callable[[Client, int], Cost]  # (client, trained blocks) -> cost of it
 
 def fits(cost: Cost, budget: Budget) -> bool:
     """Whether a round with this cost stays within a budget."""
-    return (cost.peak.bytes <= budget.memory_bytes
-            and (budget.upload_bytes is None or cost.upload_bytes <= budget.upload_bytes)
-            and (budget.flops is None or cost.flops <= budget.flops))
+    return (
+        cost.peak.bytes <= budget.memory_bytes
+        and (budget.upload_bytes is None or cost.upload_bytes <= budget.upload_bytes)
+        and (budget.flops is None or cost.flops <= budget.flops)
+    )
 
 
 def widest(client: Client, depth: int, cost_of: CostOf) -> int:
@@ -90,5 +92,8 @@ def _nothing_fits(clients: Sequence[Client], costs: Mapping[int, CostOf], blocks
         if budget.flops is not None:
             parts.append(f"gflops {max(cost.flops for cost in least) / 1e9:.2f} (has {budget.flops / 1e9:.2f})")
         needs.append(f"{group} needs at least {', '.join(parts)}")
-    return PlanError(f"a window for every client at one of the depths {sorted(costs)}", f"no depth admits all; least demanding is depth {depth}: {'; '.join(needs)}",
-                     "raise these budgets of fleet.groups, lower training.batch, or set method.options.allow_dropping=true")
+    return PlanError(
+        f"a window for every client at one of the depths {sorted(costs)}",
+        f"no depth admits all; least demanding is depth {depth}: {'; '.join(needs)}",
+        "raise these budgets of fleet.groups, lower training.batch, or set method.options.allow_dropping=true",
+    )

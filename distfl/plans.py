@@ -18,8 +18,10 @@ def _why_this_depth(job: Job) -> str:
     rows = [["depth", "average trained blocks", "clients without a window", ""]]
     for depth, average in chosen.averages.items():
         rows.append([str(depth), f"{average:.3f}", str(chosen.excluded[depth]), "<- chosen" if depth == chosen.depth else ""])
-    return (f"{job.config.method.name}: depth {chosen.depth} lets {len(job.clients)} clients train most blocks on average "
-            f"(ties go to the deeper model)\n{table(rows)}")
+    return (
+        f"{job.config.method.name}: depth {chosen.depth} lets {len(job.clients)} clients train most blocks on average "
+        f"(ties go to the deeper model)\n{table(rows)}"
+    )
 
 
 def _members(job: Job) -> dict[str, list[tuple[Client, Assignment]]]:
@@ -37,7 +39,23 @@ def _groups(job: Job) -> str:
     members = _members(job)
     windows = [assignment.window for entries in members.values() for _, assignment in entries if assignment.window]
     changing = sum(unit.bytes for unit in units if any(unit.index in window for window in windows))
-    rows = [["group", "clients", "blocks", "units", "peak MB", "of MB", "slack MB", "upload MB", "of", "download MB", "first MB", "GFLOP/round", "of"]]
+    rows = [
+        [
+            "group",
+            "clients",
+            "blocks",
+            "units",
+            "peak MB",
+            "of MB",
+            "slack MB",
+            "upload MB",
+            "of",
+            "download MB",
+            "first MB",
+            "GFLOP/round",
+            "of",
+        ]
+    ]
     for group, entries in members.items():
         client, assignment = entries[-1]
         budget, window = client.budget, assignment.window
@@ -46,10 +64,23 @@ def _groups(job: Job) -> str:
             continue
         cost = job.method.cost(client, window, workload)
         counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
-        rows.append([group, str(len(entries)), "-".join(map(str, sorted({counts[0], counts[-1]}))), f"{units[window.first].name}..head", _mega(cost.peak.bytes),
-                     _mega(budget.memory_bytes), _mega(budget.memory_bytes - cost.peak.bytes), f"{cost.upload_bytes / MEGA:.3f}",
-                     "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}", f"{changing / MEGA:.3f}", f"{units.bytes / MEGA:.3f}",
-                     f"{cost.flops / GIGA:.1f}", "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}"])
+        rows.append(
+            [
+                group,
+                str(len(entries)),
+                "-".join(map(str, sorted({counts[0], counts[-1]}))),
+                f"{units[window.first].name}..head",
+                _mega(cost.peak.bytes),
+                _mega(budget.memory_bytes),
+                _mega(budget.memory_bytes - cost.peak.bytes),
+                f"{cost.upload_bytes / MEGA:.3f}",
+                "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}",
+                f"{changing / MEGA:.3f}",
+                f"{units.bytes / MEGA:.3f}",
+                f"{cost.flops / GIGA:.1f}",
+                "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
+            ]
+        )
     return table(rows)
 
 

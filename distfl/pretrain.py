@@ -34,7 +34,6 @@ from distfl.shards import END_OF_TEXT, Sequences, ShardIndex, build
 from distfl.transport.base import Transport
 
 
-
 class _Log:
     """One JSON line per event in the output folder, and a line for people; rank 0 only."""
 
@@ -86,8 +85,13 @@ def pretrain(config: PretrainConfig, transport: Transport, resume: bool) -> Fami
         stored = {name: tensor.half().float() for name, tensor in tensors.items()}  # what the family will hold
         result = validate(from_tensors(spec, stored), held_out, None, transport)
         tokens_before = tokens_before + tokens if config.schedule.grow else 0
-        done[depth] = {"file": f"depth-{depth:02d}.safetensors", "tokens_seen": tokens, "tokens_seen_with_shallower_starts": max(tokens, tokens_before),
-                       "validation_loss": round(result.loss, 4), "validation_accuracy": round(result.accuracy, 4)}
+        done[depth] = {
+            "file": f"depth-{depth:02d}.safetensors",
+            "tokens_seen": tokens,
+            "tokens_seen_with_shallower_starts": max(tokens, tokens_before),
+            "validation_loss": round(result.loss, 4),
+            "validation_accuracy": round(result.accuracy, 4),
+        }
         if transport.rank == 0:
             write_weights(output / done[depth]["file"], tensors, torch.float16)
             log("depth finished", depth=depth, **done[depth])
@@ -101,7 +105,9 @@ def _refuse_overwriting(output: Path, resume: bool) -> None:
     if (output / "family.json").exists():
         raise CheckpointError(f"pretraining into {output}", "a finished family lies there", "set output to a new folder")
     if (output / "unfinished").exists() and not resume:
-        raise CheckpointError(f"pretraining into {output}", "an unfinished pretraining lies there", "add --resume, or set output to a new folder")
+        raise CheckpointError(
+            f"pretraining into {output}", "an unfinished pretraining lies there", "add --resume, or set output to a new folder"
+        )
 
 
 def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
@@ -111,12 +117,18 @@ def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
     corpus = read(config.data)
     held_out = corpus.validation or corpus.test
     if held_out is None:
-        raise DataError(f"pretraining on {corpus.name}", "no validation or test split", "put a valid.parquet or test.parquet beside the training file")
+        raise DataError(
+            f"pretraining on {corpus.name}", "no validation or test split", "put a valid.parquet or test.parquet beside the training file"
+        )
     path = output / "tokenizer.json"
     if not path.exists():
         write_atomically(path, train_tokenizer(corpus.train.texts, config.architecture.vocabulary).to_str())
-    index = build([("corpus", corpus.train.texts, held_out.texts)], Tokenizer.from_file(str(path)),
-                  f"{corpus.checksum}/{sha256(path)}", cache_folder(config.data))
+    index = build(
+        [("corpus", corpus.train.texts, held_out.texts)],
+        Tokenizer.from_file(str(path)),
+        f"{corpus.checksum}/{sha256(path)}",
+        cache_folder(config.data),
+    )
     write_json(output / "unfinished" / "corpus.json", {"name": corpus.name, "checksum": corpus.checksum})
     return asdict(index)
 
@@ -128,11 +140,17 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocabulary:
-        raise DataError(f"a vocabulary of {vocabulary}", f"the corpus gives {tokenizer.get_vocab_size()} entries", "lower architecture.vocabulary")
+        raise DataError(
+            f"a vocabulary of {vocabulary}", f"the corpus gives {tokenizer.get_vocab_size()} entries", "lower architecture.vocabulary"
+        )
     return tokenizer
 
 
@@ -166,7 +184,9 @@ class _DepthTask:
         self.steps = max(1, tokens // (schedule.batch * spec.context))
         self.tokens_before = tokens_before
 
-    def run(self, start: dict[str, Tensor] | None, train: Sequences, held_out: Sequences, transport: Transport, log: _Log) -> tuple[dict[str, Tensor], int]:
+    def run(
+        self, start: dict[str, Tensor] | None, train: Sequences, held_out: Sequences, transport: Transport, log: _Log
+    ) -> tuple[dict[str, Tensor], int]:
         """Train from ``start`` (None: random) or from the checkpoint; returns weights and tokens seen."""
         first_step, saved = self._load()
         begin = saved or start or initial_tensors(self.spec, torch.Generator().manual_seed(self.seed + self.spec.depth))
@@ -184,8 +204,16 @@ class _DepthTask:
             last = step + 1 == self.steps
             if (step + 1) % self.schedule.validate_every == 0 or last:
                 result = validate(model, held_out, self.schedule.early_validation_sequences, transport)
-                log("step", depth=self.spec.depth, step=step + 1, of=self.steps, training_loss=round(float(np.mean(losses)), 4),
-                    validation_loss=round(result.loss, 4), tokens=self._tokens(step + 1), seconds=round(time.monotonic() - began, 1))
+                log(
+                    "step",
+                    depth=self.spec.depth,
+                    step=step + 1,
+                    of=self.steps,
+                    training_loss=round(float(np.mean(losses)), 4),
+                    validation_loss=round(result.loss, 4),
+                    tokens=self._tokens(step + 1),
+                    seconds=round(time.monotonic() - began, 1),
+                )
                 losses = []
             if transport.rank == 0 and ((step + 1) % self.schedule.checkpoint_every == 0 or last):
                 self._save(names, model, optimizers, step + 1)
@@ -194,8 +222,12 @@ class _DepthTask:
     def _tokens(self, steps: int) -> int:
         return steps * self.schedule.batch * self.spec.context
 
-    def _step(self, model: TinyTransformer, optimizers: list[AdamW], gradient: Tensor, train: Sequences, transport: Transport, step: int) -> float:
-        rows = _rows_of_step(self.seed, self.tokens_before // self.spec.context + step * self.schedule.batch, self.schedule.batch, len(train))
+    def _step(
+        self, model: TinyTransformer, optimizers: list[AdamW], gradient: Tensor, train: Sequences, transport: Transport, step: int
+    ) -> float:
+        rows = _rows_of_step(
+            self.seed, self.tokens_before // self.spec.context + step * self.schedule.batch, self.schedule.batch, len(train)
+        )
         inputs, targets = train.batch(rows[transport.rank :: transport.size])
         gradient.zero_()
         loss = torch.zeros(())
@@ -266,7 +298,9 @@ def _flat_gradient(model: TinyTransformer) -> Tensor:
 
 def _rows_of_step(seed: int, seen: int, batch: int, rows: int) -> list[int]:
     """The next ``batch`` rows after ``seen``, each pass over the corpus in its own random order."""
-    orders = {epoch: seeds.generator(seed, "pretraining order", epoch).permutation(rows) for epoch in {seen // rows, (seen + batch - 1) // rows}}
+    orders = {
+        epoch: seeds.generator(seed, "pretraining order", epoch).permutation(rows) for epoch in {seen // rows, (seen + batch - 1) // rows}
+    }
     return [int(orders[i // rows][i % rows]) for i in range(seen, seen + batch)]
 
 
@@ -291,20 +325,25 @@ def unigram_loss(train: Sequences, held_out: Sequences, vocabulary: int) -> floa
     return float(-np.mean(np.log(counts / counts.sum())[held_out.tokens[1:]]))
 
 
-def _write_manifest(config: PretrainConfig, output: Path, depths: dict, tokens_checksum: str, unigram: float, train_tokens: int, held_out_tokens: int) -> None:
+def _write_manifest(
+    config: PretrainConfig, output: Path, depths: dict, tokens_checksum: str, unigram: float, train_tokens: int, held_out_tokens: int
+) -> None:
     corpus = json.loads((output / "unfinished" / "corpus.json").read_text())
     shape = config.architecture
-    write_json(output / "family.json", {
-        "format": FORMAT,
-        "architecture": {"width": shape.width, "heads": shape.heads, "context": shape.context, "vocabulary": shape.vocabulary},
-        "depths": {str(depth): entry for depth, entry in depths.items()},
-        "unigram_validation_loss": round(unigram, 4),
-        "uniform_validation_loss": round(math.log(shape.vocabulary), 4),
-        "corpus": corpus | {"train_tokens": train_tokens, "validation_tokens": held_out_tokens, "tokens_checksum": tokens_checksum},
-        "command": shlex.join(["distfl", *sys.argv[1:]]),
-        "config": to_dict(config) | {"data": to_dict(config.data) | {"cache": None}},
-        "versions": {"torch": torch.__version__},
-    })
+    write_json(
+        output / "family.json",
+        {
+            "format": FORMAT,
+            "architecture": {"width": shape.width, "heads": shape.heads, "context": shape.context, "vocabulary": shape.vocabulary},
+            "depths": {str(depth): entry for depth, entry in depths.items()},
+            "unigram_validation_loss": round(unigram, 4),
+            "uniform_validation_loss": round(math.log(shape.vocabulary), 4),
+            "corpus": corpus | {"train_tokens": train_tokens, "validation_tokens": held_out_tokens, "tokens_checksum": tokens_checksum},
+            "command": shlex.join(["distfl", *sys.argv[1:]]),
+            "config": to_dict(config) | {"data": to_dict(config.data) | {"cache": None}},
+            "versions": {"torch": torch.__version__},
+        },
+    )
     for path in sorted((output / "unfinished").iterdir()):
         path.unlink()
     (output / "unfinished").rmdir()

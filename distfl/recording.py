@@ -20,9 +20,10 @@ from distfl.checkpoints import ServerState
 from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
 from distfl.files import write_atomically, write_json
+from distfl.fleet import MEGA
 from distfl.jobs import Job
 from distfl.messages import ClientReport, RoundRecord
-from distfl.rounds import OVER_CAP, RoundResult
+from distfl.rounds import RoundResult
 
 LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
 FREE_TO_CHANGE = ("run", "transport")  # sections that a resumed run may have different: they do not touch the result
@@ -43,13 +44,17 @@ class RunFolder:
                 raise CheckpointError(f"a run in {self.path}", "the folder is not empty", "set run.folder to a new folder, or add --resume")
             return
         if not saved.is_file():
-            raise CheckpointError(f"--resume of {self.path}", "no run lies there (no config.yaml)", "start without --resume, or name the right run.folder")
+            raise CheckpointError(
+                f"--resume of {self.path}", "no run lies there (no config.yaml)", "start without --resume, or name the right run.folder"
+            )
         if (self.path / "finished").exists():
             raise CheckpointError(f"--resume of {self.path}", "this run is finished", "set run.folder to a new folder for another run")
         before, now = settings.to_dict(settings.load(TrainConfig, saved)), settings.to_dict(self.config)
         different = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
         if different:
-            raise CheckpointError(f"--resume of {self.path}", f"sections {different} differ from {saved}", "resume with the config the run was started with")
+            raise CheckpointError(
+                f"--resume of {self.path}", f"sections {different} differ from {saved}", "resume with the config the run was started with"
+            )
 
     def begin(self, job: Job, mpi: str, enforced_by: str, start_up_cpu_seconds: list[float], resumed_at: int | None) -> None:
         """Write config and manifest, or cut the line files back to the checkpoint that is continued from."""
@@ -57,11 +62,23 @@ class RunFolder:
             for name in LINES:
                 self._cut(self.path / name, resumed_at)
         write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))
-        manifest = {"distfl": distfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "mpi": mpi, "ranks": len(start_up_cpu_seconds),
-                    "host": socket.gethostname(), "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "resumed_after_round": resumed_at,
-                    "family": str(job.config.model.family), "depth": job.selection.depth, "memory_enforced_by": enforced_by,
-                    "groups": {client.name: client.group for client in job.clients}, "tokens_checksum": job.shards.checksum,
-                    "start_up_cpu_seconds_by_rank": start_up_cpu_seconds}
+        manifest = {
+            "distfl": distfl.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "mpi": mpi,
+            "ranks": len(start_up_cpu_seconds),
+            "host": socket.gethostname(),
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "resumed_after_round": resumed_at,
+            "family": str(job.config.model.family),
+            "depth": job.selection.depth,
+            "memory_enforced_by": enforced_by,
+            "groups": {client.name: client.group for client in job.clients},
+            "tokens_checksum": job.shards.checksum,
+            "start_up_cpu_seconds_by_rank": start_up_cpu_seconds,
+        }
         write_json(self.path / "manifest.json", manifest)
 
     @staticmethod
@@ -97,10 +114,10 @@ class Progress:
         self._rounds = rounds
 
     def show(self, record: RoundRecord, reports: list[ClientReport]) -> None:
-        loss, accuracy = _number(record.test_loss), _number(record.test_accuracy)
-        figures = f"test loss {loss}, accuracy {accuracy}"
+        figures = f"test loss {_number(record.test_loss)}, accuracy {_number(record.test_accuracy)}"
         if record.round:
-            figures += f", up {record.upload_bytes / 1e6:.2f} MB, down {record.download_bytes / 1e6:.2f} MB, peak/cap {_number(record.peak_share)}, merged {record.merged}/{record.taking_part}"
+            figures += f", up {record.upload_bytes / MEGA:.2f} MB, down {record.download_bytes / MEGA:.2f} MB"
+            figures += f", peak/cap {_number(record.peak_share)}, merged {record.merged}/{record.taking_part}"
         lines = [f"round {record.round}/{self._rounds}: {figures}, {record.seconds:.1f} s"] if self._bar is None else []
         lines += [f"round {report.round}: client {report.client} left out: {report.reason}" for report in reports if not report.ok]
         for line in lines:
@@ -135,9 +152,17 @@ class Recorder:
             self._folder.save(self._state)
 
     def _write_board(self, record: RoundRecord, reports: list[ClientReport]) -> None:
-        scalars = {"loss/train": record.train_loss, "loss/test": record.test_loss, "accuracy/test": record.test_accuracy, "bytes/upload": record.upload_bytes,
-                   "bytes/download": record.download_bytes, "memory/peak_over_cap": record.peak_share, "clients/merged": record.merged,
-                   "clients/over_cap": sum(report.reason.startswith(OVER_CAP) for report in reports), "learning_rate": record.learning_rate}
+        scalars = {
+            "loss/train": record.train_loss,
+            "loss/test": record.test_loss,
+            "accuracy/test": record.test_accuracy,
+            "bytes/upload": record.upload_bytes,
+            "bytes/download": record.download_bytes,
+            "memory/peak_over_cap": record.peak_share,
+            "clients/merged": record.merged,
+            "clients/over_cap": sum(report.cause == "over_cap" for report in reports),
+            "learning_rate": record.learning_rate,
+        }
         scalars |= {f"accuracy_by_group/{group}": score["accuracy"] for group, score in record.groups.items()}
         for name, value in scalars.items():
             if value is not None:

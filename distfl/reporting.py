@@ -30,10 +30,16 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run folder (raises CheckpointError where there is none)."""
     try:
-        lines = {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("rounds.jsonl", "clients.jsonl")}
-        return Run(folder, settings.load(TrainConfig, folder / "config.yaml"), json.loads((folder / "manifest.json").read_text()), *lines.values())
+        lines = {
+            name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("rounds.jsonl", "clients.jsonl")
+        }
+        return Run(
+            folder, settings.load(TrainConfig, folder / "config.yaml"), json.loads((folder / "manifest.json").read_text()), *lines.values()
+        )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the run in {folder}", f"{type(error).__name__}: {error}", "name the folder of a run that has done at least one round") from None
+        raise CheckpointError(
+            f"the run in {folder}", f"{type(error).__name__}: {error}", "name the folder of a run that has done at least one round"
+        ) from None
 
 
 def summary(run: Run) -> str:
@@ -42,22 +48,32 @@ def summary(run: Run) -> str:
         return f"{run.folder}: no round was evaluated yet"
     first, last = run.evaluated[0], run.evaluated[-1]
     enforced = run.manifest["memory_enforced_by"]
-    over = sum("memory cap" in report["reason"] for report in run.clients)
-    rows = [["group", "clients", "blocks", "cap MB", "predicted MB", "peak MB", "upload MB", "GFLOP", "accuracy before", "after", "loss after"]]
+    over = sum(report["cause"] == "over_cap" for report in run.clients)
+    rows = [
+        ["group", "clients", "blocks", "cap MB", "predicted MB", "peak MB", "upload MB", "GFLOP", "accuracy before", "after", "loss after"]
+    ]
     groups = run.manifest["groups"]
     members: dict[str, set[int]] = {}
     for client, group in enumerate(groups.values()):
         members.setdefault(group, set()).add(client)
     for group in (entry.name for entry in run.config.fleet.groups):
         rows.append(_group_row(group, members.get(group, set()), run, first, last))
-    return "\n".join([
-        f"{run.config.method.name}, depth {run.manifest['depth']} of family {run.manifest['family']}, {run.manifest['ranks']} ranks, "
-        f"caps {'measured only, NOT enforced' if enforced == 'report' else 'enforced by ' + enforced}",
-        f"round {first['round']}: loss {first['test_loss']:.4f}, accuracy {first['test_accuracy']:.4f}",
-        f"round {last['round']}: loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.4f}",
-        f"payload of all rounds: up {sum(r['upload_bytes'] for r in run.rounds) / MEGA:.1f} MB, down {sum(r['download_bytes'] for r in run.rounds) / MEGA:.1f} MB, "
-        f"first distribution {sum(r['first_download_bytes'] for r in run.rounds) / MEGA:.1f} MB; client rounds over their cap: {over} of {len(run.clients)}",
-        "", table(rows)])
+    return "\n".join(
+        [
+            f"{run.config.method.name}, depth {run.manifest['depth']} of family {run.manifest['family']}, {run.manifest['ranks']} ranks, "
+            f"caps {'measured only, NOT enforced' if enforced == 'report' else 'enforced by ' + enforced}",
+            f"round {first['round']}: loss {first['test_loss']:.4f}, accuracy {first['test_accuracy']:.4f}",
+            f"round {last['round']}: loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.4f}",
+            f"payload of all rounds: up {_total(run, 'upload_bytes')} MB, down {_total(run, 'download_bytes')} MB, "
+            f"first distribution {_total(run, 'first_download_bytes')} MB; client rounds over their cap: {over} of {len(run.clients)}",
+            "",
+            table(rows),
+        ]
+    )
+
+
+def _total(run: Run, key: str) -> str:
+    return _mega(sum(record[key] for record in run.rounds))
 
 
 def _group_row(group: str, members: set[int], run: Run, first: dict, last: dict) -> list[str]:
@@ -67,15 +83,27 @@ def _group_row(group: str, members: set[int], run: Run, first: dict, last: dict)
     scores = [record["groups"].get(group, {}) for record in (first, last)]
     if not reports:
         return [group, str(len(members)), *["-"] * 6, *(_fixed(score.get("accuracy")) for score in scores), _fixed(scores[1].get("loss"))]
-    return [group, str(len(members)), "-".join(map(str, {blocks[0], blocks[-1]})), _mega(reports[0]["memory_bytes"]), _mega(max(r["predicted_peak_bytes"] for r in done)),
-            _mega(max(r["measured_peak_bytes"] for r in done)), f"{max(r['upload_bytes'] for r in done) / MEGA:.3f}", f"{max(r['flops'] for r in done) / 1e9:.1f}",
-            *(_fixed(score.get("accuracy")) for score in scores), _fixed(scores[1].get("loss"))]
+    return [
+        group,
+        str(len(members)),
+        "-".join(map(str, {blocks[0], blocks[-1]})),
+        _mega(reports[0]["memory_bytes"]),
+        _mega(max(r["predicted_peak_bytes"] for r in done)),
+        _mega(max(r["measured_peak_bytes"] for r in done)),
+        f"{max(r['upload_bytes'] for r in done) / MEGA:.3f}",
+        f"{max(r['flops'] for r in done) / 1e9:.1f}",
+        *(_fixed(score.get("accuracy")) for score in scores),
+        _fixed(scores[1].get("loss")),
+    ]
 
 
 def table(rows: list[list[str]]) -> str:
     """Rows of cells as aligned text; the first row is the heading, the first column is flush left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -123,9 +151,21 @@ def _peaks(axes, run: Run) -> None:
     order = sorted(by_client, key=lambda client: (by_client[client][0]["memory_bytes"], client))
     places = range(len(order))
     axes.bar(places, [max(r["measured_peak_bytes"] for r in by_client[c]) / MEGA for c in order], color="tab:blue", label="measured peak")
-    axes.scatter(places, [max(r["predicted_peak_bytes"] for r in by_client[c]) / MEGA for c in order], color="tab:orange", marker="x", zorder=3, label="predicted")
-    axes.step([p - 0.5 for p in places] + [len(order) - 0.5], [by_client[c][0]["memory_bytes"] / MEGA for c in [*order, order[-1]]] if order else [],
-              where="post", color="tab:red", label="cap")
+    axes.scatter(
+        places,
+        [max(r["predicted_peak_bytes"] for r in by_client[c]) / MEGA for c in order],
+        color="tab:orange",
+        marker="x",
+        zorder=3,
+        label="predicted",
+    )
+    axes.step(
+        [p - 0.5 for p in places] + [len(order) - 0.5],
+        [by_client[c][0]["memory_bytes"] / MEGA for c in [*order, order[-1]]] if order else [],
+        where="post",
+        color="tab:red",
+        label="cap",
+    )
     axes.set(title="Peak memory above baseline", xlabel="client (by cap)", ylabel="MB", ylim=(0, None))
     if len(order) <= 16:
         axes.set_xticks(list(places), [str(client) for client in order])

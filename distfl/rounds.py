@@ -21,60 +21,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from distfl import seeds, settings
+from distfl import settings
 from distfl.aggregation import UnitMean
 from distfl.checkpoints import ServerState
-from distfl.codecs.base import Codec, frame, load_codec, unframe
+from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
-from distfl.costs import Costs
-from distfl.errors import CapError, DistflError, NotFinite
-from distfl.fleet import hosting, participants
-from distfl.memory_cap import MemoryCap, Meter, collect_garbage, exact_allocator, is_allocation_failure, make_cap
+from distfl.errors import CapError
+from distfl.fleet import participants, waves_of
+from distfl.hosting import NOTHING, RankState, rank_state, rehearse, report_of, try_to_frame, try_to_train
+from distfl.memory_cap import MemoryCap, make_cap
 from distfl.messages import Assignment, ClientReport, RoundRecord, Score
-from distfl.methods.base import Method, costs_of, load_method
 from distfl.model import ModelSpec, from_tensors
-from distfl.replica import Replica
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
-from distfl.training import Trained, evaluate, train
-from distfl.transport.base import WORD, Transport, pack
-from distfl.units import Unit, UnitTable
+from distfl.training import evaluate
+from distfl.transport.base import Transport, pack
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
 
-NOTHING = np.empty(0, WORD)
 UNLIMITED_BYTES = 2**50
-
-
-@dataclass(frozen=True)
-class RankState:
-    """What every rank holds during a run."""
-
-    transport: Transport
-    config: TrainConfig
-    spec: ModelSpec
-    shards: ShardIndex
-    method: Method
-    codec: Codec
-    costs: Costs
-    replica: Replica
-
-    @property
-    def table(self) -> UnitTable:
-        return self.costs.table
-
-
-def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shards: ShardIndex) -> RankState:
-    method = load_method(config.method.name, config.method.options)
-    costs = costs_of(config, method, spec)
-    return RankState(transport, config, spec, shards, method, load_codec(config.transport.codec), costs, Replica(costs.table))
 
 
 # --- introduction and proof ------------------------------------------------------------------
@@ -91,7 +60,9 @@ def introduce(job: Job, state: RankState) -> list[float]:
     """
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
-    transport.broadcast_value({"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets})
+    transport.broadcast_value(
+        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets}
+    )
     ready = transport.gather({"cpu_seconds": time.process_time(), "failure": None})
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
     transport.broadcast_value(not failed)
@@ -117,24 +88,13 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     try:
         cap = make_cap(config.memory.enforce)
         with cap.imposed(UNLIMITED_BYTES):
-            _rehearse(state)
+            rehearse(state)
         for budget in message["budgets"]:
             cap.prove(budget)
     except CapError as error:
         failure = [error.asked, error.found, error.change]
     transport.gather({"cpu_seconds": time.process_time(), "failure": failure})
     return (state, cap) if transport.broadcast_value() else None
-
-
-def _rehearse(state: RankState) -> None:
-    """One step and one update of a two-block model of the same width, through the very code of a round: library
-    pages, kernels' caches and whatever else is made at the first use belong to the baseline, not to the first client."""
-    training = replace(state.config.training, epochs=None, steps=1)
-    small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
-    assignment = Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, training.learning_rate)
-    tensors, _ = _train(small, assignment)
-    for unit in small.table:
-        _try_to_frame(small, tensors, assignment, unit)
 
 
 # --- the server's half -----------------------------------------------------------------------
@@ -190,7 +150,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     _distribute_from_server(state)
     downloads = {assignment.client: _download_bytes(state, server, assignment) for assignment in active}
     means = {unit.index: UnitMean(unit) for unit in state.table}
-    waves = hosting(len(active), transport.size - 1)
+    waves = waves_of(len(active), transport.size - 1)
     transport.broadcast_value(len(waves))
     reports, uploads, weight = [], {}, 0.0
     for number, wave in enumerate(waves):
@@ -200,7 +160,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         reports += wave_reports
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
-        if report.reason.startswith(OVER_CAP):
+        if report.cause == "over_cap":
             server.limits[assignment.client] = report.blocks - 1
     contributors = {unit.name: means[unit.index].contributors for unit in state.table}
     for unit in state.table:
@@ -214,12 +174,22 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     else:
         transport.broadcast_value(False)
     record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, contributors, time.monotonic() - began)
-    payload = {"up": {str(client): units for client, units in uploads.items()}, "down": {str(client): sent for client, sent in downloads.items()}}
+    payload = {
+        "up": {str(client): units for client, units in uploads.items()},
+        "down": {str(client): sent for client, sent in downloads.items()},
+    }
     return RoundResult(record, reports, {"round": round, "payload": payload, "mpi": transport.gather(transport.ledger.take())})
 
 
-def _serve_wave(state: RankState, optimizer: ServerOptimizer, hosted: list[Assignment], means: dict[int, UnitMean], uploads: dict[int, dict[str, int]],
-                weight: float, last: bool) -> tuple[float, list[ClientReport]]:
+def _serve_wave(
+    state: RankState,
+    optimizer: ServerOptimizer,
+    hosted: list[Assignment],
+    means: dict[int, UnitMean],
+    uploads: dict[int, dict[str, int]],
+    weight: float,
+    last: bool,
+) -> tuple[float, list[ClientReport]]:
     """One client per rank: hand out, gather, add up; in the last wave finish each unit as soon as it is complete."""
     transport = state.transport
     idle = transport.size - 1 - len(hosted)
@@ -235,7 +205,7 @@ def _serve_wave(state: RankState, optimizer: ServerOptimizer, hosted: list[Assig
                 means[unit.index].add(state.method.restore(pieces))
         if last and means[unit.index].contributors:
             _finish(state, optimizer, means[unit.index], weight)
-    return weight, [ClientReport(**report) for report in transport.gather(None)[1 : 1 + len(hosted)]]
+    return weight, [ClientReport(**values) for values in transport.gather(None)[1 : 1 + len(hosted)]]
 
 
 def _finish(state: RankState, optimizer: ServerOptimizer, mean: UnitMean, weight: float) -> None:
@@ -276,27 +246,44 @@ def _download_bytes(state: RankState, server: ServerState, assignment: Assignmen
 
 
 def _sits_out(assignment: Assignment) -> ClientReport:
-    reason = "no window fits its budget"
-    return ClientReport(assignment.round, assignment.client, False, reason, 0, 0, None, assignment.memory_bytes, 0, 0, 0, 0, 0.0)
+    cap, reason = assignment.memory_bytes, "no window fits its budget"
+    return ClientReport(assignment.round, assignment.client, False, "no_window", reason, 0, 0, None, cap, 0, 0, 0, 0, 0.0)
 
 
-def _record(round: int, rate: float, score: tuple, planned: list[Assignment], reports: list[ClientReport], uploads: dict[int, dict[str, int]],
-            downloads: dict[int, dict[str, int]], contributors: dict[str, int], seconds: float) -> RoundRecord:
+def _record(
+    round: int,
+    rate: float,
+    score: tuple,
+    planned: list[Assignment],
+    reports: list[ClientReport],
+    uploads: dict[int, dict[str, int]],
+    downloads: dict[int, dict[str, int]],
+    contributors: dict[str, int],
+    seconds: float,
+) -> RoundRecord:
     total, groups = score
     losses = [report.loss for report in reports if report.ok and report.loss is not None]
     shares = [report.measured_peak_bytes / report.memory_bytes for report in reports if report.blocks]
     return RoundRecord(
-        round=round, train_loss=sum(losses) / len(losses) if losses else None, test_loss=total and total.loss, test_accuracy=total and total.accuracy,
-        groups=groups, taking_part=len(planned), merged=sum(report.ok for report in reports),
+        round=round,
+        train_loss=sum(losses) / len(losses) if losses else None,
+        test_loss=total and total.loss,
+        test_accuracy=total and total.accuracy,
+        groups=groups,
+        taking_part=len(planned),
+        merged=sum(report.ok for report in reports),
         upload_bytes=sum(sum(units.values()) for units in uploads.values()),
         download_bytes=sum(sent["units"] + sent["assignment"] for sent in downloads.values()),
         first_download_bytes=sum(sent["first"] for sent in downloads.values()),
-        flops=sum(report.flops for report in reports), peak_share=max(shares, default=None), contributors=contributors, learning_rate=rate, seconds=seconds)
+        flops=sum(report.flops for report in reports),
+        peak_share=max(shares, default=None),
+        contributors=contributors,
+        learning_rate=rate,
+        seconds=seconds,
+    )
 
 
 # --- the client ranks' half ------------------------------------------------------------------
-
-OVER_CAP = "over its memory cap"
 
 
 def work(state: RankState, cap: MemoryCap) -> bool:
@@ -338,68 +325,18 @@ def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
     """One client's round under its cap: train, then send unit by unit."""
     transport, began, uploaded = state.transport, time.monotonic(), 0
     with cap.imposed(assignment.memory_bytes) as meter:
-        tensors, trained, reason = _try_to_train(state, assignment)
+        tensors, trained, failure = try_to_train(state, assignment)
         with meter.paused():
-            transport.gather(not reason)
+            transport.gather(failure is None)
         seconds = time.monotonic() - began
         for unit in state.table:
-            block, problem = _try_to_frame(state, tensors, assignment, unit)
-            reason = reason or problem
+            block, problem = try_to_frame(state, tensors, assignment, unit)
+            failure = failure or problem
             uploaded += block.nbytes
             with meter.paused():
                 transport.gather_blocks(block)
         del tensors, block
-    transport.gather(asdict(_report(state, assignment, meter, trained, reason, uploaded, seconds)))
-
-
-def _try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor] | None, Trained, str]:
-    """Train; running into the cap or into numbers that are not finite is a result, any other error is not caught."""
-    try:
-        tensors, trained = _train(state, assignment)
-        return tensors, trained, ""
-    except Exception as error:
-        if is_allocation_failure(error):
-            reason = f"{OVER_CAP} of {assignment.memory_bytes} bytes: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        elif isinstance(error, NotFinite):
-            reason = f"not finite: {error.found}"
-        else:
-            raise
-    collect_garbage()
-    return None, Trained(0, 0, None), reason
-
-
-def _train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor], Trained]:
-    """The client's own copy of the model, trained; only its tensors are left when this returns."""
-    model = from_tensors(state.spec, state.replica.copy())
-    state.method.prepare(model)
-    data = state.shards.train(assignment.client, state.spec.context)
-    with state.method.attached(model, assignment) as parameters:
-        trained = train(model, parameters, assignment.window.first, data, state.config.training, assignment, state.config.seed)
-    tensors = state.method.shared(model)
-    for unit in assignment.window.units:
-        for tensor in state.table[unit].tensors:
-            if not torch.isfinite(tensors[tensor.name]).all():
-                raise NotFinite(f"update of client {assignment.client}", f"{tensor.name} is not finite", "lower training.learning_rate")
-    return tensors, trained
-
-
-def _try_to_frame(state: RankState, tensors: dict[str, torch.Tensor] | None, assignment: Assignment, unit: Unit) -> tuple[np.ndarray, str]:
-    """One unit's block; empty where there is nothing to send or no room to encode it."""
-    if tensors is None:
-        return NOTHING, ""
-    draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
-    try:
-        return frame(state.codec, state.method.collect(tensors, assignment, unit), assignment.round, assignment.client, draws), ""
-    except Exception as error:
-        if not is_allocation_failure(error):
-            raise
-        return NOTHING, f"{OVER_CAP} of {assignment.memory_bytes} bytes while encoding {unit.name}"
-
-
-def _report(state: RankState, assignment: Assignment, meter: Meter, trained: Trained, reason: str, uploaded: int, seconds: float) -> ClientReport:
-    flops = state.costs.flops(assignment.window, trained.sequences * state.spec.context)
-    return ClientReport(assignment.round, assignment.client, not reason, reason, state.table.trained_blocks(assignment.window), trained.sequences,
-                        trained.loss, assignment.memory_bytes, assignment.predicted_peak_bytes, meter.peak_bytes, uploaded, flops, seconds)
+    transport.gather(asdict(report_of(state, assignment, meter, trained, failure, uploaded, seconds)))
 
 
 def _distribute_to_client(state: RankState) -> None:

@@ -18,11 +18,12 @@ from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_REFUSED, EXIT_REQUEUE, CapError, DistflError
 from distfl.files import write_atomically
+from distfl.hosting import RankState, rank_state
 from distfl.launching import StopRequest
 from distfl.memory_cap import exact_allocator, make_cap
 from distfl.messages import Score
 from distfl.model import ModelSpec, from_tensors
-from distfl.rounds import RankState, introduce, join, rank_state, refuse, serve, work
+from distfl.rounds import introduce, join, refuse, serve, work
 from distfl.transport.base import Transport
 from distfl.units import UnitTable
 
@@ -96,6 +97,8 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         elif not isinstance(error, CapError):  # the ranks are in the middle of something
             transport.abort(1)
         return EXIT_REFUSED
+    except threading.BrokenBarrierError:  # local transport: the client has ended and said why
+        return 1
     except BaseException:
         traceback.print_exc()
         transport.abort(1)
@@ -177,8 +180,8 @@ def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Ten
 
 def score_run(folder: Path) -> dict:
     """Loss and accuracy of a run's newest merged model on its clients' test text, total and per budget group."""
-    from distfl.jobs import tokenised
     from distfl.family import open_family
+    from distfl.jobs import tokenised
     from distfl.reporting import read_run
     from distfl.training import evaluate
 
@@ -189,5 +192,9 @@ def score_run(folder: Path) -> dict:
     for client, group in enumerate(run.manifest["groups"].values()):
         score = evaluate(model, shards.test(client, spec.context).in_order(run.config.evaluation.batch))
         total, groups[group] = total + score, groups.get(group, Score(0.0, 0, 0)) + score
-    return {"loss": total.loss, "accuracy": total.accuracy, "tokens": total.tokens,
-            "groups": {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in groups.items()}}
+    return {
+        "loss": total.loss,
+        "accuracy": total.accuracy,
+        "tokens": total.tokens,
+        "groups": {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in groups.items()},
+    }

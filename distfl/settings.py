@@ -41,7 +41,9 @@ def load(schema: type[Schema], path: str | os.PathLike, overrides: list[str] = (
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} and its overrides", f"not YAML: {error}", "mend the line named above") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path}", f"a {type(values).__name__}, not sections with keys", "see configs/smoke.yaml for the shape")
+        raise ConfigError(
+            f"config file {path}", f"a {type(values).__name__}, not sections with keys", "see configs/smoke.yaml for the shape"
+        )
     for key, value in parsed:
         _override(values, key, value)
     return from_dict(schema, values)
@@ -63,9 +65,13 @@ def _override(values: dict, key: str, value: object) -> None:
         except (ValueError, IndexError):
             here = None
         if not isinstance(here, (dict, list)):
-            raise ConfigError(f"override {key}={value}", f"{name!r} is not a section with keys", "name the key as section.key or fleet.groups.0.key")
+            raise ConfigError(
+                f"override {key}={value}", f"{name!r} is not a section with keys", "name the key as section.key or fleet.groups.0.key"
+            )
     if isinstance(here, list):
-        raise ConfigError(f"override {key}={value}", f"{last!r} would replace an entry of a list", f"name a key of that entry: {key}.KEY=...")
+        raise ConfigError(
+            f"override {key}={value}", f"{last!r} would replace an entry of a list", f"name a key of that entry: {key}.KEY=..."
+        )
     here[last] = value
 
 
@@ -104,7 +110,11 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return _convert(next(a for a in arguments if a is not type(None)), value, key)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{key} = {value!r}", f"allowed are {', '.join(map(str, arguments))}{_nearest(value, arguments)}", f"set {key} to one of these")
+            raise ConfigError(
+                f"{key} = {value!r}",
+                f"allowed are {', '.join(map(str, arguments))}{_nearest(value, arguments)}",
+                f"set {key} to one of these",
+            )
         return value
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -122,7 +132,9 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{key} = {value!r}", f"a {type(value).__name__} where a {wanted.__name__} is needed", f"give {key} as a {wanted.__name__}")
+        raise ConfigError(
+            f"{key} = {value!r}", f"a {type(value).__name__} where a {wanted.__name__} is needed", f"give {key} as a {wanted.__name__}"
+        )
     if wanted is float and value != value:
         raise ConfigError(f"{key} = {value!r}", "not a number", f"give {key} a number")
     return value
@@ -130,7 +142,9 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
 
 def _section(kind: Any, values: Any, key: str) -> Any:
     if not isinstance(values, dict):
-        raise ConfigError(key or "config", f"a {type(values).__name__} where keys are needed", f"write keys of {kind.__name__} below {key or 'the top'}")
+        raise ConfigError(
+            key or "config", f"a {type(values).__name__} where keys are needed", f"write keys of {kind.__name__} below {key or 'the top'}"
+        )
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in hints:
@@ -153,5 +167,7 @@ def expand(path: str, key: str) -> Path:
     """A path with ``~`` and ``${VARIABLES}`` filled in (raises ConfigError where one is not set)."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "$" in expanded:
-        raise ConfigError(f"{key} = {path}", "it names an environment variable that is not set", f"export the variable, or set {key}=/path/to/data")
+        raise ConfigError(
+            f"{key} = {path}", "it names an environment variable that is not set", f"export the variable, or set {key}=/path/to/data"
+        )
     return Path(expanded)

@@ -107,7 +107,9 @@ def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenize
         if sha256(token_file) == index.checksum:
             return index
     if tokenizer.get_vocab_size() > np.iinfo(TOKEN).max + 1:
-        raise DataError("token shards", f"a vocabulary of {tokenizer.get_vocab_size()}", f"use a tokenizer of at most {np.iinfo(TOKEN).max + 1} entries")
+        raise DataError(
+            "token shards", f"a vocabulary of {tokenizer.get_vocab_size()}", f"use a tokenizer of at most {np.iinfo(TOKEN).max + 1} entries"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     shards, offset = [], 0
     temporary = folder / ".tokens.bin"
@@ -115,7 +117,9 @@ def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenize
         for name, train, test in texts:
             streams = [_encode(tokenizer, part) for part in (train, test)]
             if len(streams[0]) < 2:
-                raise DataError(f"client {name!r}", "fewer than two tokens of training text", "raise data.minimum_characters or lower data.clients")
+                raise DataError(
+                    f"client {name!r}", "fewer than two tokens of training text", "raise data.minimum_characters or lower data.clients"
+                )
             shards.append(Shard(name, offset, len(streams[0]), len(streams[1])))
             for stream in streams:
                 file.write(stream.tobytes())

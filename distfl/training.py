@@ -66,8 +66,15 @@ def batches(config: TrainingConfig, rows: int, seed: int, round: int, client: in
         epoch += 1
 
 
-def train(model: TinyTransformer, parameters: list[Parameter], frozen_units: int, data: Sequences, config: TrainingConfig,
-          assignment: Assignment, seed: int) -> Trained:
+def train(
+    model: TinyTransformer,
+    parameters: list[Parameter],
+    frozen_units: int,
+    data: Sequences,
+    config: TrainingConfig,
+    assignment: Assignment,
+    seed: int,
+) -> Trained:
     """Local steps of one client in one round.
 
     Args:
@@ -83,12 +90,23 @@ def train(model: TinyTransformer, parameters: list[Parameter], frozen_units: int
         loss = _step(model, parameters, frozen_units, data.batch(rows), config, optimizer, assignment.learning_rate)
         steps, sequences, total = steps + 1, sequences + len(rows), total + loss
         if not math.isfinite(loss):
-            raise NotFinite(f"training of client {assignment.client}", f"loss {loss} at step {steps}", "lower training.learning_rate or set training.clip_norm")
+            raise NotFinite(
+                f"training of client {assignment.client}",
+                f"loss {loss} at step {steps}",
+                "lower training.learning_rate or set training.clip_norm",
+            )
     return Trained(steps, sequences, total / steps if steps else None)
 
 
-def _step(model: TinyTransformer, parameters: list[Parameter], frozen_units: int, batch: tuple[Tensor, Tensor], config: TrainingConfig,
-          optimizer: AdamW | SGD, rate: float) -> float:
+def _step(
+    model: TinyTransformer,
+    parameters: list[Parameter],
+    frozen_units: int,
+    batch: tuple[Tensor, Tensor],
+    config: TrainingConfig,
+    optimizer: AdamW | SGD,
+    rate: float,
+) -> float:
     inputs, targets = batch
     loss = next_token_loss(model(inputs, frozen_units), targets)
     loss.backward()
@@ -107,5 +125,9 @@ def evaluate(model: TinyTransformer, batches_of_text: Iterable[tuple[Tensor, Ten
     with torch.no_grad():
         for inputs, targets in batches_of_text:
             logits = model(inputs)
-            score += Score(next_token_loss(logits, targets, "sum").item(), int((logits.argmax(-1) == targets).sum()), int((targets != IGNORED_TARGET).sum()))
+            score += Score(
+                next_token_loss(logits, targets, "sum").item(),
+                int((logits.argmax(-1) == targets).sum()),
+                int((targets != IGNORED_TARGET).sum()),
+            )
     return score

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from distfl.config import FleetConfig, GroupConfig
 from distfl.errors import ConfigError
-from distfl.fleet import Budget, build_fleet, group_sizes, hosting, participants
+from distfl.fleet import Budget, build_fleet, group_sizes, participants, waves_of
 
 
 def shares(*values: float) -> tuple[GroupConfig, ...]:
@@ -100,7 +100,7 @@ def test_everybody_takes_part_some_time():
 
 @given(st.integers(0, 200), st.integers(1, 70))
 def test_waves_cover_all_positions_in_order_for_any_number_of_workers(count, workers):
-    waves = hosting(count, workers)
+    waves = waves_of(count, workers)
     assert [position for wave in waves for position in wave] == list(range(count))
     assert all(1 <= len(wave) <= workers for wave in waves)
     assert len(waves) == -(-count // workers)  # no more waves than needed

@@ -126,6 +126,8 @@ def test_trained_blocks_keep_what_the_formula_says_and_the_prefix_keeps_nothing(
         network, frozen = model(spec), 1 + spec.depth - blocks
         freeze_outside(network, Window(frozen, spec.depth + 2))
         assert saved_bytes(network, inputs, frozen) == head + blocks * 4 * count * per_token
+        network.requires_grad_(True)  # the prefix runs without gradient whatever its tensors say
+        assert saved_bytes(network, inputs, frozen) == head + blocks * 4 * count * per_token
 
 
 # --- loss --------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The planner: the worked example of the selection, budgets of each kind, and refusals whose advice works."""
 
 import re
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from distfl.units import UnitTable
 DEPTHS = (3, 6, 9, 12)
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(depth: int, width: int = 256) -> UnitTable:
     return UnitTable(ModelSpec(depth, width, 8, 128, 96))
 

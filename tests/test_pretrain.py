@@ -148,6 +148,14 @@ def test_each_depth_has_its_own_number_of_tokens(config):
     assert [entries[depth]["tokens_seen"] for depth in "12"] == [128, 192]
 
 
+@pytest.mark.parametrize("grow, begin", [(True, 8), (False, 0)], ids=["grown", "from random"])
+def test_a_grown_depth_goes_on_reading_where_the_shallower_one_ended(config, monkeypatch, grow, begin):
+    begun, rows_of_step = [], module._rows_of_step
+    monkeypatch.setattr(module, "_rows_of_step", lambda seed, seen, *rest: begun.append(seen) or rows_of_step(seed, seen, *rest))
+    alone(change(config, tokens=(2 * 64,), grow=grow))
+    assert begun == [0, 4, begin, begin + 4]  # two steps of 4 rows for each depth
+
+
 # --- growth ------------------------------------------------------------------------------------------------------------------------
 
 

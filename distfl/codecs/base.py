@@ -57,7 +57,11 @@ def unframe(codec: Codec, block: np.ndarray, round: int, client: int, unit: Unit
         header = unpack(block[1:end])
         found = (header["round"], header["client"], header["unit"])
         if found != (round, client, unit.index):
-            raise WireError(f"round {round}, client {client}, unit {unit.index}", f"a block of round, client, unit {found}", "report this: ranks are out of step")
+            raise WireError(
+                f"round {round}, client {client}, unit {unit.index}",
+                f"a block of round, client, unit {found}",
+                "report this: ranks are out of step",
+            )
         shapes = {tensor.name: tensor.shape for tensor in unit.tensors}
         pieces = []
         for name, region, shape, words, details in header["pieces"]:
@@ -70,7 +74,9 @@ def unframe(codec: Codec, block: np.ndarray, round: int, client: int, unit: Unit
             end += words
         return pieces
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise WireError(f"a block of unit {unit.name} from client {client}", f"{type(error).__name__}: {error}", "report this: a message was garbled") from None
+        raise WireError(
+            f"a block of unit {unit.name} from client {client}", f"{type(error).__name__}: {error}", "report this: a message was garbled"
+        ) from None
 
 
 def _region_to_json(region: Region) -> Any:

@@ -60,7 +60,7 @@ class Method(ABC):
         self.options = options
 
     # --- every rank, once
-    def prepare(self, model: TinyTransformer) -> None:
+    def prepare(self, model: TinyTransformer) -> None:  # noqa: B027 - most methods insert nothing
         """Insert adapters and the like."""
 
     def shared(self, model: TinyTransformer) -> dict[str, Tensor]:
@@ -138,8 +138,6 @@ def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -
 def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
     """The cost formulas of one depth; every rank builds the same."""
     return Costs(table_of(method, spec), config.training.batch, state_tensors(config.training), round(config.memory.margin_mb * MEGA))
-
-
 
 
 def table_of(method: Method, spec: ModelSpec) -> UnitTable:

@@ -52,8 +52,14 @@ class Caff(Method):
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         unknown = set(self.options.extra_blocks) - {client.group for client in clients}
         if unknown:
-            raise ConfigError(f"extra_blocks of {sorted(unknown)}", f"groups are {sorted({client.group for client in clients})}", "name existing fleet.groups")
-        return select(clients, {depth: partial(self._cost_of_suffix, workload) for depth, workload in workloads.items()}, self.options.allow_dropping)
+            raise ConfigError(
+                f"extra_blocks of {sorted(unknown)}",
+                f"groups are {sorted({client.group for client in clients})}",
+                "name existing fleet.groups",
+            )
+        return select(
+            clients, {depth: partial(self._cost_of_suffix, workload) for depth, workload in workloads.items()}, self.options.allow_dropping
+        )
 
     def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
         return [self._assign(round, client, workload, limits.get(client.id)) for client in clients]

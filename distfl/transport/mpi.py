@@ -31,8 +31,11 @@ class MpiTransport(Transport):
     def __init__(self, comm: MPI.Intracomm, smallest: int):
         self.comm, self.rank, self.size, self.ledger = comm, comm.rank, comm.size, Ledger()
         if self.size < smallest:
-            raise TransportError(f"at least {smallest} ranks", f"MPI started {self.size}",
-                                 "start more: mpirun -n N distfl ..., or distfl ... --ranks N (under srun check --mpi=pmix: without it every task is a job of its own)")
+            raise TransportError(
+                f"at least {smallest} ranks",
+                f"MPI started {self.size}",
+                "start more: mpirun -n N distfl ... or distfl ... --ranks N; srun needs --mpi=pmix, else every task is a job",
+            )
 
     def broadcast(self, array: np.ndarray) -> None:
         self._wait(self.comm.Ibcast(_typed(array), root=0))

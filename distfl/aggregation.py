@@ -60,7 +60,7 @@ class UnitMean:
         total, weight = self._sums[name], self._weights[name]
         share = (weight / round_weight).float()
         if weight.ndim == 0:
-            return (total / weight).float(), share
+            return ((total / weight).float() if weight > 0 else old.clone()), share
         return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(torch.float64).tiny), old.double()).float(), share
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,16 +55,15 @@ def save(state: ServerState, folder: Path, keep: int) -> None:
     for file, tensors in files.items():
         save_file(tensors, temporary / file)
         _sync(temporary / file)
-    write_json(
-        temporary / "state.json",
-        {
-            "round": state.round,
-            "versions": state.replica.versions,
-            "limits": state.limits,
-            "copies": state.copies,
-            "checksums": {file: sha256(temporary / file) for file in files},
-        },
-    )
+    values = {
+        "round": state.round,
+        "versions": state.replica.versions,
+        "limits": state.limits,
+        "copies": state.copies,
+        "checksums": {file: sha256(temporary / file) for file in files},
+    }
+    text = json.dumps(values)
+    write_json(temporary / "state.json", {"state": text, "checksum": hashlib.sha256(text.encode()).hexdigest()})
     _sync(temporary)
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(temporary, folder / name)
@@ -85,7 +85,10 @@ def load(folder: Path, replica: Replica) -> ServerState:
         raise CheckpointError(f"--resume from {folder}", "no checkpoint lies there", "start without --resume, or name the right run.folder")
     newest = found[-1]
     try:
-        values = json.loads((newest / "state.json").read_text())
+        signed = json.loads((newest / "state.json").read_text())
+        if hashlib.sha256(signed["state"].encode()).hexdigest() != signed["checksum"]:
+            raise ValueError("state.json differs from its checksum")
+        values = json.loads(signed["state"])
         for file, checksum in values["checksums"].items():
             if sha256(newest / file) != checksum:
                 raise ValueError(f"{file} differs from its checksum")

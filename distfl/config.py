@@ -258,7 +258,9 @@ class PretrainSchedule:
         require(self.batch >= 1, "schedule.batch", self.batch, "at least 1")
         require(self.learning_rate > 0, "schedule.learning_rate", self.learning_rate, "above 0")
         require(0 < self.decay_fraction <= 1, "schedule.decay_fraction", self.decay_fraction, "in (0, 1]")
-        for key in ("validate_every", "checkpoint_every", "early_validation_sequences"):
+        require(self.weight_decay >= 0, "schedule.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip_norm > 0, "schedule.clip_norm", self.clip_norm, "above 0")
+        for key in ("warmup_steps", "validate_every", "checkpoint_every", "early_validation_sequences"):
             require(getattr(self, key) >= 1, f"schedule.{key}", getattr(self, key), "at least 1")
 
 

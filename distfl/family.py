@@ -68,7 +68,10 @@ class Family:
         """The tokenizer that all depths share."""
         from tokenizers import Tokenizer  # only the server rank reads text
 
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        try:
+            return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more special
+            raise FamilyError(f"tokenizer {self.folder / 'tokenizer.json'}", str(error), "restore the file") from None
 
     @property
     def tokenizer_checksum(self) -> str:
@@ -95,19 +98,16 @@ def open_family(name: str, depths: tuple[int, ...] | None = None) -> Family:
         )
     try:
         manifest = json.loads((folder / "family.json").read_text())
-        family = Family(folder, manifest)
-        held = family.depths
-        ModelSpec(depth=0, **manifest["architecture"])
+        found = manifest.get("format")
+        if found != FORMAT:
+            raise ValueError(f"format {found!r}, {FORMAT} is read")
+        _check_manifest(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FamilyError(
-            f"manifest {folder / 'family.json'}", f"{type(error).__name__}: {error}", "restore it, or pretrain the family again"
+            f"manifest {folder / 'family.json'}", f"{type(error).__name__}: {error}", "restore it, or pretrain or import the family again"
         ) from None
-    if manifest.get("format") != FORMAT:
-        raise FamilyError(
-            f"manifest {folder / 'family.json'}",
-            f"format {manifest.get('format')!r}, {FORMAT} is read",
-            "pretrain or import the family again",
-        )
+    family = Family(folder, manifest)
+    held = family.depths
     for depth in depths or held:
         family.spec(depth)
     for file in ["tokenizer.json", *(manifest["depths"][str(depth)]["file"] for depth in depths or held)]:
@@ -116,6 +116,19 @@ def open_family(name: str, depths: tuple[int, ...] | None = None) -> Family:
                 f"family {folder}", f"{file} is missing", "restore the file, or set model.depths to the depths that are there"
             )
     return family
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raises ValueError or KeyError where the architecture or a depth's entry makes no sense."""
+    shape = ModelSpec(depth=1, **manifest["architecture"])
+    numbers = (shape.width, shape.heads, shape.context, shape.vocabulary)
+    if not all(type(number) is int and number > 0 for number in numbers) or shape.width % shape.heads:
+        raise ValueError(f"an architecture of width, heads, context, vocabulary {numbers}")
+    if not manifest["depths"]:
+        raise ValueError("no depth")
+    for depth, entry in manifest["depths"].items():
+        if str(int(depth)) != depth or int(depth) < 1 or not isinstance(entry["file"], str):
+            raise ValueError(f"an entry {entry!r} for depth {depth!r}")
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

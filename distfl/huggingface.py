@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distfl.errors import FamilyError
 from distfl.family import FORMAT, Family, open_family, write_weights
-from distfl.files import write_json
-from distfl.model import ModelSpec
+from distfl.files import sha256, write_json
+from distfl.model import ModelSpec, skeleton
 
 # ours -> GPT-2's; GPT-2 stores the weights of these four linears transposed
 _BLOCK = {"norm1": "ln_1", "qkv": "attn.c_attn", "proj": "attn.c_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
@@ -95,6 +95,10 @@ def import_family(folders: list[Path], output: Path) -> Family:
             f"shapes {sorted(shapes)}, depths {depths}",
             "give models that differ in depth only",
         )
+    if len({sha256(folder / "tokenizer.json") for folder in folders}) != 1:
+        raise FamilyError(
+            f"one family of {[str(folder) for folder in folders]}", "their tokenizer.json differ", "give models of one tokenizer"
+        )
     width, heads, context, vocabulary = shapes.pop()
     for spec, tensors in loaded:
         write_weights(output / f"depth-{spec.depth:02d}.safetensors", tensors, torch.float32)
@@ -115,14 +119,19 @@ def import_family(folders: list[Path], output: Path) -> Family:
 
 def _read(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     from safetensors.torch import load_file  # see family.py
+    from tokenizers import Tokenizer
 
     try:
         config = json.loads((folder / "config.json").read_text())
         foreign = load_file(folder / "model.safetensors")
         _check_arithmetic(config, folder)
         spec = ModelSpec(config["n_layer"], config["n_embd"], config["n_head"], config["n_positions"], config["vocab_size"])
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError("tokenizer.json")
+        entries = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+        if entries > spec.vocabulary:
+            raise ValueError(f"tokenizer.json has {entries} entries, the model {spec.vocabulary}")
+        blocks = {name.partition("h.")[2].partition(".")[0] for name in foreign if name.startswith(("h.", "transformer.h."))}
+        if len(blocks) > spec.depth:
+            raise ValueError(f"{len(blocks)} blocks in the weights, n_layer = {spec.depth}")
     except FamilyError:
         raise
     except Exception as error:  # files, JSON, safetensors and missing keys alike
@@ -135,8 +144,6 @@ def _read(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
 
 
 def _convert(spec: ModelSpec, foreign: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    from distfl.model import skeleton
-
     foreign = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor for name, tensor in foreign.items()}
     foreign.setdefault("lm_head.weight", foreign.get("transformer.wte.weight"))
     tensors = {}

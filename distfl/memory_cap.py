@@ -15,6 +15,7 @@ The peak is resident memory: the kernel's high-water mark, reset when a client s
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import sys
 from abc import ABC, abstractmethod
@@ -27,7 +28,7 @@ import torch
 from distfl.errors import CapError
 
 PROOF_STEP_BYTES = 2 * 2**20  # the proof stops this far under the budget, then asks for twice as much
-MMAP_THRESHOLD_BYTES = 32 * 1024  # blocks below it could live unseen in free heap of the baseline: biases, norms
+MMAP_THRESHOLD_BYTES = 32 * 1024  # smaller blocks (norms, biases) may reuse heap that was freed before: the one gap in the cap
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
@@ -44,7 +45,10 @@ _ALLOCATION_FAILURES = (
 
 def is_allocation_failure(error: BaseException) -> bool:
     """Whether an exception says that memory was refused (PyTorch raises RuntimeError, NumPy and Python MemoryError)."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # a memory-mapped shard
+    refused = isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES)
+    return refused or isinstance(error, MemoryError)
 
 
 class Meter:
@@ -63,15 +67,15 @@ class Meter:
         reset_high_water()
 
     def stop(self) -> None:
-        """Take the peak and lift the cap."""
+        """Lift the cap and take the peak."""
+        self._cap.set_limit(None)  # first: with nothing left, reading the peak would fail too
         self._take()
-        self._cap.set_limit(None)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Lift the cap for something that is not the client's (a collective's own buffers); what it keeps moves the baseline."""
-        self._take()
         self._cap.set_limit(None)
+        self._take()
         resident, data = resident_bytes(), data_bytes()
         try:
             yield

@@ -9,12 +9,13 @@ dropping clients is allowed; then a dropped client counts as 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distfl.costs import Cost
 from distfl.errors import PlanError
-from distfl.fleet import MEGA, Budget, Client
+from distfl.fleet import GIGA, MEGA, Budget, Client
 
 CostOf = Callable[[Client, int], Cost]  # (client, trained blocks) -> cost of its round
 
@@ -86,14 +87,19 @@ def _nothing_fits(clients: Sequence[Client], costs: Mapping[int, CostOf], blocks
         members = [client for client in clients if client.group == group]
         least = [costs[depth](client, 1) for client in members]
         budget = members[0].budget
-        parts = [f"memory_mb {max(cost.peak.bytes for cost in least) / MEGA:.2f} (has {budget.memory_bytes / MEGA:.2f})"]
+        parts = [_need("memory_mb", max(cost.peak.bytes for cost in least), budget.memory_bytes, MEGA)]
         if budget.upload_bytes is not None:
-            parts.append(f"upload_mb {max(cost.upload_bytes for cost in least) / MEGA:.3f} (has {budget.upload_bytes / MEGA:.3f})")
+            parts.append(_need("upload_mb", max(cost.upload_bytes for cost in least), budget.upload_bytes, MEGA))
         if budget.flops is not None:
-            parts.append(f"gflops {max(cost.flops for cost in least) / 1e9:.2f} (has {budget.flops / 1e9:.2f})")
+            parts.append(_need("gflops", max(cost.flops for cost in least), budget.flops, GIGA))
         needs.append(f"{group} needs at least {', '.join(parts)}")
     return PlanError(
         f"a window for every client at one of the depths {sorted(costs)}",
         f"no depth admits all; least demanding is depth {depth}: {'; '.join(needs)}",
         "raise these budgets of fleet.groups, lower training.batch, or set method.options.allow_dropping=true",
     )
+
+
+def _need(key: str, least: int, has: int, unit: int) -> str:
+    """A setting's smallest sufficient value, rounded up so that following it is enough."""
+    return f"{key} {math.ceil(least / unit * 1000) / 1000:.3f} (has {has / unit:.3f})"

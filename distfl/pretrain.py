@@ -27,7 +27,7 @@ from distfl.corpora import cache_folder, read
 from distfl.errors import CheckpointError, DataError
 from distfl.family import FORMAT, Family, open_family, write_weights
 from distfl.files import sha256, write_atomically, write_json
-from distfl.model import IGNORED_TARGET, ModelSpec, TinyTransformer, from_tensors, initial_tensors, next_token_loss, skeleton
+from distfl.model import IGNORED_TARGET, ModelSpec, TinyTransformer, from_tensors, initial_tensors, next_token_loss
 from distfl.optimizers import AdamW, clip_gradients
 from distfl.settings import to_dict
 from distfl.shards import END_OF_TEXT, Sequences, ShardIndex, build
@@ -47,6 +47,9 @@ class _Log:
         with open(self._path, "a") as file:
             file.write(json.dumps({"event": event} | figures) + "\n")
         print(f"{event}: " + ", ".join(f"{key} {value}" for key, value in figures.items()), flush=True)
+
+
+IDENTITY = "pretraining.json"  # in the folder of an unfinished pretraining
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def pretrain(config: PretrainConfig, transport: Transport, resume: bool) -> Fami
     tensors, tokens_before, done = None, 0, {}
     for position, depth in enumerate(config.architecture.depths):
         spec = _spec(config, depth)
-        task = _DepthTask(config.schedule, position, spec, config.seed, output / "unfinished" / f"depth-{depth:02d}", tokens_before)
+        task = _DepthTask(
+            config.schedule, position, spec, config.seed, output / "unfinished" / f"depth-{depth:02d}.safetensors", tokens_before
+        )
         start = grow(tensors, spec) if tensors is not None and config.schedule.grow else None
         tensors, tokens = task.run(start, train, held_out, transport, log)
         stored = {name: tensor.half().float() for name, tensor in tensors.items()}  # what the family will hold
@@ -104,14 +109,13 @@ def pretrain(config: PretrainConfig, transport: Transport, resume: bool) -> Fami
 def _refuse_overwriting(output: Path, resume: bool) -> None:
     if (output / "family.json").exists():
         raise CheckpointError(f"pretraining into {output}", "a finished family lies there", "set output to a new folder")
-    if (output / "unfinished").exists() and not resume:
-        raise CheckpointError(
-            f"pretraining into {output}", "an unfinished pretraining lies there", "add --resume, or set output to a new folder"
-        )
+    if not resume and output.exists() and any(output.iterdir()):
+        what = "an unfinished pretraining lies there" if (output / "unfinished").exists() else "the folder is not empty"
+        raise CheckpointError(f"pretraining into {output}", what, "add --resume, or set output to a new folder")
 
 
 def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
-    """Server rank: read the corpus, train or reuse the tokenizer, tokenise. Returns the shard index as JSON."""
+    """Rank 0: read the corpus, train the tokenizer or take that of the resumed pretraining, tokenise. Returns the shard index as JSON."""
     from tokenizers import Tokenizer  # only rank 0 reads text
 
     corpus = read(config.data)
@@ -120,6 +124,7 @@ def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
         raise DataError(
             f"pretraining on {corpus.name}", "no validation or test split", "put a valid.parquet or test.parquet beside the training file"
         )
+    _check_or_write_identity(config, {"name": corpus.name, "checksum": corpus.checksum}, output / "unfinished" / IDENTITY)
     path = output / "tokenizer.json"
     if not path.exists():
         write_atomically(path, train_tokenizer(corpus.train.texts, config.architecture.vocabulary).to_str())
@@ -129,8 +134,24 @@ def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
         f"{corpus.checksum}/{sha256(path)}",
         cache_folder(config.data),
     )
-    write_json(output / "unfinished" / "corpus.json", {"name": corpus.name, "checksum": corpus.checksum})
     return asdict(index)
+
+
+def _check_or_write_identity(config: PretrainConfig, corpus: dict, path: Path) -> None:
+    """What a pretraining is of; a resumed one must be of the same (raises CheckpointError)."""
+    values = to_dict(config)
+    now = {"corpus": corpus, **{key: values[key] for key in ("architecture", "schedule", "seed")}}
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text())
+    different = [key for key in now if now[key] != before.get(key)]
+    if different:
+        raise CheckpointError(
+            f"--resume of {path.parent}",
+            f"{', '.join(different)} differ from before",
+            "resume with those it was started with",
+        )
 
 
 def train_tokenizer(texts: list[str], vocabulary: int):
@@ -178,8 +199,8 @@ def grow(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
 class _DepthTask:
     """Training of one depth, with its checkpoint."""
 
-    def __init__(self, schedule: PretrainSchedule, position: int, spec: ModelSpec, seed: int, folder: Path, tokens_before: int):
-        self.schedule, self.spec, self.seed, self.folder = schedule, spec, seed, folder
+    def __init__(self, schedule: PretrainSchedule, position: int, spec: ModelSpec, seed: int, checkpoint: Path, tokens_before: int):
+        self.schedule, self.spec, self.seed, self.checkpoint = schedule, spec, seed, checkpoint
         tokens = schedule.tokens[position if len(schedule.tokens) > 1 else 0]
         self.steps = max(1, tokens // (schedule.batch * spec.context))
         self.tokens_before = tokens_before
@@ -188,15 +209,16 @@ class _DepthTask:
         self, start: dict[str, Tensor] | None, train: Sequences, held_out: Sequences, transport: Transport, log: _Log
     ) -> tuple[dict[str, Tensor], int]:
         """Train from ``start`` (None: random) or from the checkpoint; returns weights and tokens seen."""
-        first_step, saved = self._load()
-        begin = saved or start or initial_tensors(self.spec, torch.Generator().manual_seed(self.seed + self.spec.depth))
-        model = from_tensors(self.spec, {name: begin[name].clone() for name, _ in skeleton(self.spec).named_parameters()})
-        names = [name for name, _ in model.named_parameters()]
+        saved = self._load()
+        first_step = int(saved["step"][0]) if saved else 0
+        begin = start or initial_tensors(self.spec, torch.Generator().manual_seed(self.seed + self.spec.depth))
+        begin = {name: saved[f"model/{name}"] for name in begin} if saved else {name: tensor.clone() for name, tensor in begin.items()}
+        model = from_tensors(self.spec, begin)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim == 1]
         optimizers = [AdamW(decayed, (0.9, 0.95), self.schedule.weight_decay), AdamW(plain, (0.9, 0.95), 0.0)]
         if saved:
-            self._restore(optimizers, saved, first_step)
+            _restore(optimizers, saved, first_step)
         gradient = _flat_gradient(model)
         began, losses = time.monotonic(), []
         for step in range(first_step, self.steps):
@@ -216,7 +238,7 @@ class _DepthTask:
                 )
                 losses = []
             if transport.rank == 0 and ((step + 1) % self.schedule.checkpoint_every == 0 or last):
-                self._save(names, model, optimizers, step + 1)
+                self._save(model, optimizers, step + 1)
         return {name: tensor.clone() for name, tensor in model.named_tensors().items()}, self._tokens(self.steps)
 
     def _tokens(self, steps: int) -> int:
@@ -225,22 +247,23 @@ class _DepthTask:
     def _step(
         self, model: TinyTransformer, optimizers: list[AdamW], gradient: Tensor, train: Sequences, transport: Transport, step: int
     ) -> float:
-        rows = _rows_of_step(
-            self.seed, self.tokens_before // self.spec.context + step * self.schedule.batch, self.schedule.batch, len(train)
-        )
+        seen = self.tokens_before // self.spec.context + step * self.schedule.batch
+        rows = _rows_of_step(self.seed, seen, self.schedule.batch, len(train))
         inputs, targets = train.batch(rows[transport.rank :: transport.size])
         gradient.zero_()
-        loss = torch.zeros(())
         if len(inputs):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.schedule.precision == "bf16"):
                 logits = model(inputs)
-            loss = next_token_loss(logits.float(), targets) * (len(inputs) / self.schedule.batch)
+            # over the targets of the whole batch, so that the sum over ranks is the gradient of its mean whoever has the short row
+            loss = next_token_loss(logits.float(), targets, "sum") / train.targets_in(rows)
             loss.backward()
+            gradient[-1] = loss.detach()
         transport.sum(gradient.numpy())
+        loss_of_all = float(gradient[-1])
         clip_gradients(list(model.parameters()), self.schedule.clip_norm)
         for optimizer in optimizers:
             optimizer.step(self._learning_rate(step))
-        return float(loss.detach()) * transport.size
+        return loss_of_all
 
     def _learning_rate(self, step: int) -> float:
         """Warm-up, plateau, linear decay to a twentieth."""
@@ -249,36 +272,37 @@ class _DepthTask:
         falling = min(1.0, max(0.05, (self.steps - step) / (schedule.decay_fraction * self.steps)))
         return schedule.learning_rate * min(rising, falling)
 
-    def _save(self, names: list[str], model: TinyTransformer, optimizers: list[AdamW], step: int) -> None:
+    def _save(self, model: TinyTransformer, optimizers: list[AdamW], step: int) -> None:
+        from safetensors.torch import save  # only rank 0 writes
+
         state = {f"model/{name}": tensor for name, tensor in model.named_tensors().items()}
         for number, optimizer in enumerate(optimizers):
             state |= {f"mean/{number}/{i}": tensor for i, tensor in enumerate(optimizer.means)}
             state |= {f"square/{number}/{i}": tensor for i, tensor in enumerate(optimizer.squares)}
         state["step"] = torch.tensor([step])
-        _write_state(self.folder.with_suffix(".safetensors"), state)
+        write_atomically(self.checkpoint, save(state))
 
-    def _load(self) -> tuple[int, dict[str, Tensor] | None]:
-        from safetensors.torch import load_file
+    def _load(self) -> dict[str, Tensor] | None:
+        """The checkpoint's tensors, None where there is none (raises CheckpointError where it is damaged)."""
+        from safetensors.torch import load_file  # nothing to load in most runs
 
-        path = self.folder.with_suffix(".safetensors")
-        if not path.exists():
-            return 0, None
-        state = load_file(path)
-        self._state = state
-        return int(state["step"][0]), {name.removeprefix("model/"): tensor for name, tensor in state.items() if name.startswith("model/")}
-
-    def _restore(self, optimizers: list[AdamW], saved: dict[str, Tensor], step: int) -> None:
-        for number, optimizer in enumerate(optimizers):
-            count = len(optimizer.parameters)
-            optimizer.means = [self._state[f"mean/{number}/{i}"] for i in range(count)]
-            optimizer.squares = [self._state[f"square/{number}/{i}"] for i in range(count)]
-            optimizer.steps = [torch.tensor(float(step)) for _ in range(count)]
+        if not self.checkpoint.exists():
+            return None
+        try:
+            return load_file(self.checkpoint)
+        except Exception as error:  # safetensors' own type
+            raise CheckpointError(
+                f"--resume from {self.checkpoint}", f"damaged: {error}", "delete it to train this depth again from its start"
+            ) from None
 
 
-def _write_state(path: Path, state: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in state.items()}))
+def _restore(optimizers: list[AdamW], saved: dict[str, Tensor], step: int) -> None:
+    """Put the optimisers where the checkpoint left off."""
+    for number, optimizer in enumerate(optimizers):
+        count = len(optimizer.parameters)
+        optimizer.means = [saved[f"mean/{number}/{i}"] for i in range(count)]
+        optimizer.squares = [saved[f"square/{number}/{i}"] for i in range(count)]
+        optimizer.steps = [torch.tensor(float(step)) for _ in range(count)]
 
 
 def _spec(config: PretrainConfig, depth: int) -> ModelSpec:
@@ -287,8 +311,8 @@ def _spec(config: PretrainConfig, depth: int) -> ModelSpec:
 
 
 def _flat_gradient(model: TinyTransformer) -> Tensor:
-    """One buffer behind all gradients, so that a step sums them in one collective."""
-    flat = torch.zeros(sum(p.numel() for p in model.parameters()))
+    """One buffer behind all gradients, and one more place for the loss, so that a step sums all in one collective."""
+    flat = torch.zeros(sum(p.numel() for p in model.parameters()) + 1)
     offset = 0
     for parameter in model.parameters():
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
@@ -298,9 +322,8 @@ def _flat_gradient(model: TinyTransformer) -> Tensor:
 
 def _rows_of_step(seed: int, seen: int, batch: int, rows: int) -> list[int]:
     """The next ``batch`` rows after ``seen``, each pass over the corpus in its own random order."""
-    orders = {
-        epoch: seeds.generator(seed, "pretraining order", epoch).permutation(rows) for epoch in {seen // rows, (seen + batch - 1) // rows}
-    }
+    epochs = range(seen // rows, (seen + batch - 1) // rows + 1)
+    orders = {epoch: seeds.generator(seed, "pretraining order", epoch).permutation(rows) for epoch in epochs}
     return [int(orders[i // rows][i % rows]) for i in range(seen, seen + batch)]
 
 
@@ -328,7 +351,7 @@ def unigram_loss(train: Sequences, held_out: Sequences, vocabulary: int) -> floa
 def _write_manifest(
     config: PretrainConfig, output: Path, depths: dict, tokens_checksum: str, unigram: float, train_tokens: int, held_out_tokens: int
 ) -> None:
-    corpus = json.loads((output / "unfinished" / "corpus.json").read_text())
+    corpus = json.loads((output / "unfinished" / IDENTITY).read_text())["corpus"]
     shape = config.architecture
     write_json(
         output / "family.json",

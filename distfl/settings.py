@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -38,7 +39,7 @@ def load(schema: type[Schema], path: str | os.PathLike, overrides: list[str] = (
     try:
         values = yaml.safe_load(path.read_text())
         parsed = [(key, yaml.safe_load(value)) for key, value in map(_split_override, overrides)]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that are none, endless nesting
         raise ConfigError(f"config file {path} and its overrides", f"not YAML: {error}", "mend the line named above") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -135,8 +136,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         raise ConfigError(
             f"{key} = {value!r}", f"a {type(value).__name__} where a {wanted.__name__} is needed", f"give {key} as a {wanted.__name__}"
         )
-    if wanted is float and value != value:
-        raise ConfigError(f"{key} = {value!r}", "not a number", f"give {key} a number")
+    if wanted is float and not math.isfinite(value):
+        raise ConfigError(f"{key} = {value!r}", "not a finite number", f"give {key} a finite number, or leave it away for its default")
     return value
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +77,10 @@ class Sequences:
     def __len__(self) -> int:
         return max(0, -(-(len(self.tokens) - 1) // self.context))
 
+    def targets_in(self, rows: Sequence[int]) -> int:
+        """Positions with a target in the given rows."""
+        return sum(min(self.context, len(self.tokens) - 1 - row * self.context) for row in rows)
+
     def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the given rows, both (len(rows), context) int64."""
         inputs = torch.zeros(len(rows), self.context, dtype=torch.int64)
@@ -101,19 +107,18 @@ def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenize
         DataError: the vocabulary does not fit the token type, or a client has fewer than two training tokens.
     """
     folder = cache / f"shards-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    index_file, token_file = folder / "index.json", folder / "tokens.bin"
-    if index_file.is_file() and token_file.is_file():
-        index = ShardIndex.from_json(json.loads(index_file.read_text()) | {"folder": str(folder)})
-        if sha256(token_file) == index.checksum:
-            return index
+    if (index := _reusable(folder)) is not None:
+        return index
     if tokenizer.get_vocab_size() > np.iinfo(TOKEN).max + 1:
         raise DataError(
             "token shards", f"a vocabulary of {tokenizer.get_vocab_size()}", f"use a tokenizer of at most {np.iinfo(TOKEN).max + 1} entries"
         )
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise DataError("token shards", f"the tokenizer has no entry {END_OF_TEXT}", "add it to tokenizer.json as a special token")
     folder.mkdir(parents=True, exist_ok=True)
     shards, offset = [], 0
-    temporary = folder / ".tokens.bin"
-    with open(temporary, "wb") as file:
+    # a name of its own: several runs may build the same shards at once, and the last one to end wins with the same content
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tokens-", delete=False) as file:
         for name, train, test in texts:
             streams = [_encode(tokenizer, part) for part in (train, test)]
             if len(streams[0]) < 2:
@@ -124,10 +129,20 @@ def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenize
             for stream in streams:
                 file.write(stream.tobytes())
                 offset += len(stream)
-    temporary.replace(token_file)
-    index = ShardIndex(str(folder), sha256(token_file), tuple(shards))
-    write_json(index_file, asdict(index))
+    index = ShardIndex(str(folder), sha256(Path(file.name)), tuple(shards))
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, folder / "tokens.bin")
+    write_json(folder / "index.json", asdict(index))
     return index
+
+
+def _reusable(folder: Path) -> ShardIndex | None:
+    """The index of shards built earlier; None where there are none or they are damaged."""
+    try:
+        index = ShardIndex.from_json(json.loads((folder / "index.json").read_text()) | {"folder": str(folder)})
+        return index if sha256(folder / "tokens.bin") == index.checksum else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:

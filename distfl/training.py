@@ -51,6 +51,8 @@ def state_tensors(config: TrainingConfig) -> int:
 
 def batches(config: TrainingConfig, rows: int, seed: int, round: int, client: int) -> Iterator[list[int]]:
     """Row numbers of every step: each pass in its own random order, the last batch of a pass may be short."""
+    if rows == 0:
+        return
     draws = seeds.generator(seed, "batches", round, client)
     step, epoch = 0, 0
     while epoch < config.epochs if config.epochs is not None else step < config.steps:

@@ -73,12 +73,12 @@ class UnitTable:
         self.spec = spec
         if shapes is None:
             shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
-        by_unit: dict[int, list[TensorSpec]] = {}
+        by_unit: list[list[TensorSpec]] = [[] for _ in range(spec.depth + 2)]  # a unit may share nothing
         for name, shape in shapes.items():
-            tensors = by_unit.setdefault(self._unit_of(name), [])
+            tensors = by_unit[self._unit_of(name)]
             offset = tensors[-1].offset + tensors[-1].elements if tensors else 0
             tensors.append(TensorSpec(name, shape, offset))
-        self.units = tuple(Unit(index, self._name(index), tuple(by_unit[index])) for index in sorted(by_unit))
+        self.units = tuple(Unit(index, self._name(index), tuple(by_unit[index])) for index in range(len(by_unit)))
 
     def _unit_of(self, tensor: str) -> int:
         part, _, rest = tensor.partition(".")

@@ -58,7 +58,8 @@ def write_family(folder: Path, models: dict[ModelSpec, dict[str, Tensor]]) -> Fa
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
 
 
 def on_ranks(size: int, work: Callable[[LocalTransport], object]) -> list[object]:

@@ -60,7 +60,12 @@ def assert_same(found: list[Piece], sent: list[Piece]) -> None:
 # --- round trip --------------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=4), st.integers(0, 9), st.floats(0, 1e9), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=4),
+    st.integers(0, 9),
+    st.floats(0, 1e9),
+    st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=100, deadline=None)
 def test_pieces_of_any_shape_come_back_bit_for_bit(shapes, index, weight, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -81,22 +86,26 @@ def test_a_transposed_view_is_sent_as_it_reads():
     assert_same(unframe(EXACT, block([piece("a", None, view)]), ROUND, CLIENT, UNIT), [piece("a", None, view)])
 
 
-@pytest.mark.parametrize("region, shape", [
-    ((np.array([1]), np.array([0, 2])), (1, 2)), ((np.array([0, 1]), np.array([2])), (2, 1)), (np.array([0, 5]), (2,)), (np.array([3]), (1,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "region, shape",
+    [
+        ((np.array([1]), np.array([0, 2])), (1, 2)),
+        ((np.array([0, 1]), np.array([2])), (2, 1)),
+        (np.array([0, 5]), (2,)),
+        (np.array([3]), (1,)),
+    ],
+)
 def test_regions_come_back(region, shape):
     sent = [piece("a", region, torch.rand(shape)), PIECES[1]]
     assert_same(unframe(EXACT, block(sent), ROUND, CLIENT, UNIT), sent)
 
 
-@pytest.mark.xfail(strict=True, reason="_region_from_json makes float64 arrays of empty lists, which cannot index")
 @pytest.mark.parametrize("region, shape", [(np.array([], int), (0,)), ((np.array([], int), np.array([0, 1])), (0, 2))])
 def test_an_empty_region_can_be_added_after_the_round_trip(region, shape):
     found = unframe(EXACT, block([piece("a", region, torch.zeros(shape))]), ROUND, CLIENT, UNIT)
     UnitMean(UNIT).add(found)
 
 
-@pytest.mark.xfail(strict=True, reason="frame() writes the first piece's weight for all pieces of a unit")
 def test_pieces_of_one_unit_may_differ_in_weight():
     sent = [piece("a", None, torch.zeros(2, 3), weight=1.0), piece("b", None, torch.zeros(4), weight=2.0)]
     assert_same(unframe(EXACT, block(sent), ROUND, CLIENT, UNIT), sent)
@@ -126,7 +135,7 @@ def test_exact_sends_four_bytes_a_value_and_the_header():
 
 @pytest.mark.parametrize("round, client, unit", [(ROUND + 1, CLIENT, 2), (ROUND, CLIENT - 1, 2), (ROUND, CLIENT, 1)])
 def test_a_block_of_another_round_client_or_unit_is_refused(round, client, unit):
-    with pytest.raises(WireError, match="out of step"):
+    with pytest.raises(WireError, match="it says round"):
         unframe(EXACT, block(), round, client, Unit(unit, "x", UNIT.tensors))
 
 
@@ -138,53 +147,72 @@ def test_every_truncation_is_refused():
 
 
 def test_another_shape_is_refused():
-    with pytest.raises(WireError, match="different models"):
+    with pytest.raises(WireError, match="shape"):
         unframe(EXACT, block([piece("a", None, torch.zeros(3, 2))]), ROUND, CLIENT, UNIT)
 
 
-@pytest.mark.parametrize("change", [
-    lambda header: header.pop("weight"),
-    lambda header: header.update(weight="heavy"),
-    lambda header: header.update(weight=None),
-    lambda header: header.update(pieces=5),
-    lambda header: header["pieces"][0].pop(),
-    lambda header: header["pieces"][0].__setitem__(0, "c"),
-    lambda header: header["pieces"][0].__setitem__(0, []),
-    lambda header: header["pieces"][0].__setitem__(2, None),
-    lambda header: header["pieces"][0].__setitem__(3, -1),
-    lambda header: header["pieces"][0].__setitem__(3, 5.5),
-    lambda header: header["pieces"][0].__setitem__(3, 10**30),
-    lambda header: header["pieces"][1].__setitem__(3, 5),
-])  # fmt: skip
+NAME, REGION, SHAPE, WEIGHT, WORDS, DETAILS = range(6)  # entries of a piece in the header
+
+
+def changed(entry: int, value):
+    """The first piece (a, whole, six values) with another entry."""
+    return lambda header: header["pieces"][0].__setitem__(entry, value)
+
+
+def flat(region, shape=(6,)):
+    """The first piece as six values of a region of a."""
+    return lambda header: header["pieces"].__setitem__(0, ["a", region, list(shape), 1.0, 6, None])
+
+
+def test_an_untouched_header_is_accepted():
+    for change in (lambda header: None, changed(WEIGHT, 0), flat([0, 1, 2, 3, 4, 5]), flat([[0, 1], [2, 0, 1]], [2, 3])):
+        assert len(unframe(EXACT, rebuilt(change), ROUND, CLIENT, UNIT)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda h: h.pop("round"), id="no round"),
+        pytest.param(lambda h: h.pop("pieces"), id="no pieces"),
+        pytest.param(lambda h: h.update(pieces=5), id="pieces that are a number"),
+        pytest.param(lambda h: h["pieces"].pop(), id="words that belong to no piece"),
+        pytest.param(lambda h: h["pieces"][0].pop(), id="a piece with an entry too few"),
+        pytest.param(changed(NAME, "c"), id="an unknown tensor"),
+        pytest.param(changed(NAME, []), id="a name that is a list"),
+        pytest.param(changed(SHAPE, None), id="no shape"),
+        pytest.param(changed(SHAPE, [3, 2]), id="another shape"),
+        pytest.param(changed(WEIGHT, "heavy"), id="a weight in words"),
+        pytest.param(changed(WEIGHT, None), id="no weight"),
+        pytest.param(changed(WEIGHT, 10**400), id="a weight beyond floats"),
+        pytest.param(changed(WEIGHT, float("nan")), id="a weight that is not a number"),
+        pytest.param(changed(WEIGHT, float("inf")), id="an infinite weight"),
+        pytest.param(changed(WEIGHT, -1.0), id="a negative weight"),
+        pytest.param(changed(WORDS, -1), id="a negative number of words"),
+        pytest.param(changed(WORDS, 5.5), id="half a word"),
+        pytest.param(changed(WORDS, 5), id="a word too few"),
+        pytest.param(changed(WORDS, 7), id="a word of the next piece"),
+        pytest.param(changed(WORDS, 10**30), id="more words than there are"),
+        pytest.param(changed(REGION, [0]), id="fewer positions than values"),
+        pytest.param(lambda h: h["pieces"].__setitem__(0, ["c", [0], [6], 1.0, 6, None]), id="a region of an unknown tensor"),
+        pytest.param(flat([0, 1, 2, 3, 4, 6]), id="a position past the end"),
+        pytest.param(flat([0, 1, 2, 3, 4, -1]), id="a position before the start"),
+        pytest.param(flat([0, 1]), id="too few positions"),
+        pytest.param(flat([0.5, 1, 2, 3, 4, 5]), id="half a position"),
+        pytest.param(flat({"x": 1}), id="a region that is a mapping"),
+        pytest.param(flat(7), id="a region that is a number"),
+        pytest.param(flat("012345"), id="a region that is a text"),
+        pytest.param(flat([[0, 1], [0, 1, 3]], [2, 3]), id="a column past the end"),
+        pytest.param(flat([[0, 1], [0, 1]], [2, 3]), id="too few columns"),
+    ],
+)
 def test_a_garbled_header_is_refused(change):
     with pytest.raises(WireError):
         unframe(EXACT, rebuilt(change), ROUND, CLIENT, UNIT)
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="unframe does not check it")
-
-
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda h: h.update(weight=10**400), id="a weight beyond floats: OverflowError"),
-    pytest.param(lambda h: h.update(weight=float("nan")), id="a weight that is not a number"),
-    pytest.param(lambda h: h.update(weight=-1.0), id="a negative weight"),
-    pytest.param(lambda h: h["pieces"].__setitem__(0, ["c", [0], [6], 6, None]), id="a region of an unknown tensor"),
-    pytest.param(lambda h: h["pieces"].__setitem__(0, ["a", [0, 1, 2, 3, 4, 6], [6], 6, None]), id="a position past the end"),
-    pytest.param(lambda h: h["pieces"].__setitem__(0, ["a", [0, 1], [6], 6, None]), id="fewer positions than values"),
-    pytest.param(lambda h: h["pieces"].__setitem__(0, ["a", {"x": 1}, [6], 6, None]), id="a region that is a mapping"),
-    pytest.param(lambda h: h["pieces"].__setitem__(0, ["a", [0.5, 1, 2, 3, 4, 5], [6], 6, None]), id="half a position"),
-    pytest.param(lambda h: h["pieces"].pop(), id="words that belong to no piece"),
-])  # fmt: skip
-@UNCHECKED
-def test_a_senseless_header_is_refused(change):
-    with pytest.raises(WireError):
-        unframe(EXACT, rebuilt(change), ROUND, CLIENT, UNIT)
-
-
-@UNCHECKED
 def test_a_deeply_nested_header_is_refused():
     words = np.frombuffer(b"[" * 40_000, WORD)
-    with pytest.raises(WireError):  # RecursionError
+    with pytest.raises(WireError):
         unframe(EXACT, np.concatenate([np.array([len(words)], WORD), words]), ROUND, CLIENT, UNIT)
 
 

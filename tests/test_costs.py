@@ -31,7 +31,16 @@ EXAMPLE = {
 ONE_BLOCK = {3: 108, 6: 117, 9: 127, 12: 136}
 
 
-def costs(depth: int, width: int = 256, heads: int = 8, context: int = 128, vocabulary: int = 96, batch: int = 32, states: int = 2, margin: int = 0) -> Costs:
+def costs(
+    depth: int,
+    width: int = 256,
+    heads: int = 8,
+    context: int = 128,
+    vocabulary: int = 96,
+    batch: int = 32,
+    states: int = 2,
+    margin: int = 0,
+) -> Costs:
     return Costs(UnitTable(ModelSpec(depth, width, heads, context, vocabulary)), batch, states, margin)
 
 
@@ -166,4 +175,4 @@ def test_the_predicted_peak_is_the_measured_one():
     assert len(found) == 5
     for optimizer, blocks, steps, predicted, measured in found:
         assert steps == 3
-        assert -0.06 < measured / predicted - 1 < 0.03, f"{optimizer}, {blocks} blocks: predicted {predicted}, measured {measured}; all: {found}"
+        assert -0.06 < measured / predicted - 1 < 0.03, f"{optimizer}, {blocks} blocks: {predicted}, measured {measured}; all: {found}"

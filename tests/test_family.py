@@ -81,7 +81,8 @@ def test_a_missing_family_is_refused(tmp_path):
 
 
 def test_a_missing_depth_is_refused(folder):
-    for work in (lambda: open_family(str(folder), (1, 2)), lambda: open_family(str(folder)).spec(2), lambda: open_family(str(folder)).tensors(2)):
+    family = open_family(str(folder))
+    for work in (lambda: open_family(str(folder), (1, 2)), lambda: family.spec(2), lambda: family.tensors(2)):
         text = refusal(work)
         assert "depth 2" in text and "[1, 3]" in text and "model.depths" in text
 
@@ -128,14 +129,13 @@ def drop(key):
     lambda values: values | {"architecture": [16]},
     lambda values: values | {"architecture": values["architecture"] | {"depth": 3}},
     lambda values: values | {"architecture": values["architecture"] | {"colour": 3}},
-], ids=["empty", "half", "null", "list", "number", "no depths", "no architecture", "depth no number", "little architecture", "architecture a list",
-        "architecture with depth", "architecture with odd key"])
+], ids=["empty", "half", "null", "list", "number", "no depths", "no architecture", "depth no number", "little architecture",
+        "architecture a list", "architecture with depth", "architecture with odd key"])
 def test_a_garbled_manifest_is_refused(folder, change):
     manifest(folder, change)
     assert "family.json" in refusal(lambda: open_family(str(folder)))
 
 
-@pytest.mark.xfail(strict=True, reason="these pass the manifest's check, or end in KeyError, TypeError or ZeroDivisionError")
 @pytest.mark.parametrize("change", [
     lambda values: values | {"depths": {"1": {}}},
     lambda values: values | {"depths": [1, 3]},
@@ -158,7 +158,6 @@ def test_another_format_is_refused(folder, found):
     assert f"format {found!r}, 1 is read" in text
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizers library raises a bare Exception")
 def test_a_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in refusal(lambda: open_family(str(folder)).tokenizer())
@@ -192,10 +191,10 @@ def test_the_shipped_family_is_better_the_deeper_it_is():
 
 
 @needs_tiny
-def test_the_shipped_family_reads_english_better_than_by_letter_frequency():
+def test_the_shipped_family_reads_english_better_than_by_token_frequency():
     family = open_family("tiny")
     text = "It was a cold morning, and the old man walked slowly down the street to the little house where he had lived as a boy."
-    ids = torch.tensor([family.tokenizer().encode(text).ids])
+    ids = torch.tensor([family.tokenizer().encode(text).ids])[:, : family.spec(family.depths[0]).context + 1]
     for depth in family.depths:
         with torch.no_grad():
             logits = from_tensors(family.spec(depth), family.tensors(depth))(ids[:, :-1])

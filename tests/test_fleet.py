@@ -21,14 +21,17 @@ def members(count: int):
     return build_fleet(FleetConfig(counts(count)), [f"c{i}" for i in range(count)], [1] * count, seed=1)
 
 
-@pytest.mark.parametrize("parts, clients, expected", [
-    ((1, 1, 1), 9, [3, 3, 3]),
-    ((1, 1, 1), 10, [4, 3, 3]),  # 3.33 each: one is left over, the first of equals gets it
-    ((0.5, 0.3, 0.2), 11, [6, 3, 2]),  # 5.5, 3.3, 2.2: the largest remainder gets the last
-    ((1, 2), 3, [1, 2]),  # shares need not add up to 1
-    ((0.98, 0.01, 0.01), 10, [8, 1, 1]),  # 9.8, 0.1, 0.1: nobody is left empty
-    ((1, 1), 2, [1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts, clients, expected",
+    [
+        ((1, 1, 1), 9, [3, 3, 3]),
+        ((1, 1, 1), 10, [4, 3, 3]),  # 3.33 each: one is left over, the first of equals gets it
+        ((0.5, 0.3, 0.2), 11, [6, 3, 2]),  # 5.5, 3.3, 2.2: the largest remainder gets the last
+        ((1, 2), 3, [1, 2]),  # shares need not add up to 1
+        ((0.98, 0.01, 0.01), 10, [8, 1, 1]),  # 9.8, 0.1, 0.1: nobody is left empty
+        ((1, 1), 2, [1, 1]),
+    ],
+)
 def test_shares_become_sizes(parts, clients, expected):
     assert group_sizes(shares(*parts), clients) == expected
 

@@ -43,8 +43,9 @@ def test_an_export_is_the_same_model_to_transformers(family, tmp_path):
 def test_an_export_has_the_same_tokenizer(family, tmp_path):
     theirs, ours = AutoTokenizer.from_pretrained(exported(family, 3, tmp_path / "gpt2")), family.tokenizer()
     for text in (*TEXTS, "", "  two  blanks\n\ttab ", "Zürich, 東京 <|endoftext|> 🙂"):
-        assert theirs(text)["input_ids"] == ours.encode(text).ids
-        assert theirs.decode(ours.encode(text).ids, clean_up_tokenization_spaces=False) == ours.decode(ours.encode(text).ids, skip_special_tokens=False)
+        ids = ours.encode(text).ids
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids, skip_special_tokens=False)
     assert theirs.eos_token == "<|endoftext|>" and theirs.eos_token_id == 0 == ours.token_to_id("<|endoftext|>")
     assert theirs.model_max_length == SPEC.context and len(theirs) == SPEC.vocabulary
 
@@ -82,7 +83,8 @@ def test_importing_exports_gives_the_family_back(family, tmp_path):
 def foreign(folder, kind=GPT2LMHeadModel, **settings):
     """A random model as transformers saves it, with our tokenizer beside it."""
     torch.manual_seed(3)
-    theirs = kind(GPT2Config(**{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 300, "initializer_range": 0.3} | settings)).eval()
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 300, "initializer_range": 0.3}
+    theirs = kind(GPT2Config(**shape | settings)).eval()
     theirs.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer().to_str())
     return theirs
@@ -105,8 +107,9 @@ def test_a_tied_gpt2_is_imported_with_an_output_layer_of_its_own(tmp_path):
 def test_an_untied_gpt2_keeps_its_output_layer(tmp_path):
     theirs = foreign(tmp_path / "gpt2", tie_word_embeddings=False)
     family = import_family([tmp_path / "gpt2"], tmp_path / "family")
+    ours = from_tensors(family.spec(2), family.tensors(2))
     with torch.no_grad():
-        torch.testing.assert_close(from_tensors(family.spec(2), family.tensors(2))(tokens(2, 8)), theirs(tokens(2, 8)).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(tokens(2, 8)), theirs(tokens(2, 8)).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gpt2_without_head_is_imported_as_a_tied_one(tmp_path):
@@ -117,9 +120,9 @@ def test_a_gpt2_without_head_is_imported_as_a_tied_one(tmp_path):
         torch.testing.assert_close(from_tensors(family.spec(2), family.tensors(2))(tokens(2, 8)), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"activation_function": "gelu"}, {"activation_function": "relu"}, {"layer_norm_epsilon": 1e-6},
-                                    {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 48}],
-                         ids=lambda change: "{} {}".format(*next(iter(change.items()))))
+@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"activation_function": "gelu"}, {"activation_function": "relu"},
+                                    {"layer_norm_epsilon": 1e-6}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
+                                    {"n_inner": 48}], ids=lambda change: "{} {}".format(*next(iter(change.items()))))
 def test_other_arithmetic_is_refused(family, tmp_path, change):
     edit(exported(family, 3, tmp_path / "gpt2"), **change)
     (key, value), = change.items()
@@ -128,14 +131,14 @@ def test_other_arithmetic_is_refused(family, tmp_path, change):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("change", [{"n_embd": 32, "n_inner": 128}, {"n_layer": 4}, {"vocab_size": 301}, {"n_positions": 9}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("change", [{"n_embd": 32, "n_inner": 128}, {"n_layer": 4}, {"vocab_size": 301}, {"n_positions": 9}],
+                         ids=lambda change: next(iter(change)))
 def test_weights_that_do_not_fit_their_config_are_refused(family, tmp_path, change):
     edit(exported(family, 3, tmp_path / "gpt2"), **change)
     with pytest.raises(FamilyError, match="(?s)transformer.*gpt2.*is needed"):
         import_family([tmp_path / "gpt2"], tmp_path / "again")
 
 
-@pytest.mark.xfail(strict=True, reason="blocks that the config does not count are dropped without a word")
 def test_blocks_beyond_the_config_are_refused(family, tmp_path):
     edit(exported(family, 4, tmp_path / "gpt2"), n_layer=3)
     with pytest.raises(FamilyError):
@@ -165,7 +168,6 @@ def test_models_that_are_no_family_are_refused(family, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the first folder's tokenizer is taken for all")
 def test_models_of_different_tokenizers_are_refused(family, tmp_path):
     three, four = (exported(family, depth, tmp_path / f"gpt2-{depth}") for depth in (3, 4))
     other = json.loads((four / "tokenizer.json").read_text())
@@ -177,7 +179,6 @@ def test_models_of_different_tokenizers_are_refused(family, tmp_path):
         import_family([three, four], tmp_path / "again")
 
 
-@pytest.mark.xfail(strict=True, reason="nobody compares them; training then ends in IndexError")
 def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tmp_path):
     foreign(tmp_path / "gpt2", vocab_size=299)
     with pytest.raises(FamilyError, match="(?s)300.*299|299.*300"):

@@ -165,7 +165,7 @@ def test_ignored_targets_leave_every_gradient_alone():
 def test_a_model_of_tensors_uses_their_memory():
     given = weights()
     network = from_tensors(SPEC, given)
-    assert {name: tensor.data_ptr() for name, tensor in network.named_tensors().items()} == {name: t.data_ptr() for name, t in given.items()}
+    assert all(tensor.data_ptr() == given[name].data_ptr() for name, tensor in network.named_tensors().items())
     assert all(not tensor.requires_grad for tensor in network.named_tensors().values())
     assert all(parameter.is_meta for parameter in skeleton(SPEC).parameters())
 

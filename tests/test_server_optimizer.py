@@ -32,9 +32,15 @@ SLOW_ADAM = ServerConfig(optimizer="adam", betas=(0.75, 0.75), learning_rate=0.1
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-@pytest.mark.parametrize("config, expected", [
-    (ServerConfig(), [1.5, 1.25]), (MOMENTUM, [2.0, 2.0]), (ADAM, [1.05, 1.05]), (SLOW_ADAM, [1.025, 1.03125]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (ServerConfig(), [1.5, 1.25]),
+        (MOMENTUM, [2.0, 2.0]),
+        (ADAM, [1.05, 1.05]),
+        (SLOW_ADAM, [1.025, 1.03125]),
+    ],
+)
 def test_two_rounds_by_hand(config, expected, interrupted):
     assert two_rounds(config, interrupted) == pytest.approx(expected, abs=1e-7)
 

@@ -76,7 +76,6 @@ def test_a_table_of_other_tensors_holds_just_those():
     assert [[(t.name, t.shape, t.offset) for t in unit.tensors] for unit in table] == [[(name, shape, 0)] for name, shape in shapes.items()]
 
 
-@pytest.mark.xfail(strict=True, reason="units are found by position, and a unit without tensors shifts all later ones")
 def test_a_unit_without_shared_tensors_keeps_its_place():
     table = UnitTable(TWO, {"blocks.0.lora": (2, 3), "blocks.1.lora": (2, 5), "head.lora": (2, 7)})  # as of LoRA: no embedding
     assert table.window_bytes(table.suffix(1)) == 4 * (10 + 14)

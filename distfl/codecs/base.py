@@ -1,13 +1,14 @@
 """The codec seam, and the frame around one unit's encoded pieces.
 
 A block is what one client sends of one unit: a word with the header's length, a JSON header
-(round, client, unit, weight, and per piece its name, region and what the codec adds), then the
+(round, client, unit, and per piece its name, region, shape, weight and what the codec adds), then the
 encoded values. Everything is padded to words of 4 bytes; nothing is pickled.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -44,9 +45,9 @@ def frame(codec: Codec, pieces: list[Piece], round: int, client: int, draws: np.
     entries, buffers = [], []
     for piece in pieces:
         header, words = codec.encode(piece.values, draws)
-        entries.append([piece.name, _region_to_json(piece.region), list(piece.values.shape), len(words), header])
+        entries.append([piece.name, _region_to_json(piece.region), list(piece.values.shape), piece.weight, len(words), header])
         buffers.append(words)
-    header = pack({"round": round, "client": client, "unit": pieces[0].unit, "weight": pieces[0].weight, "pieces": entries})
+    header = pack({"round": round, "client": client, "unit": pieces[0].unit, "pieces": entries})
     return np.concatenate([np.array([len(header)], WORD), header, *buffers])
 
 
@@ -57,23 +58,22 @@ def unframe(codec: Codec, block: np.ndarray, round: int, client: int, unit: Unit
         header = unpack(block[1:end])
         found = (header["round"], header["client"], header["unit"])
         if found != (round, client, unit.index):
-            raise WireError(
-                f"round {round}, client {client}, unit {unit.index}",
-                f"a block of round, client, unit {found}",
-                "report this: ranks are out of step",
-            )
-        shapes = {tensor.name: tensor.shape for tensor in unit.tensors}
+            raise ValueError(f"it says round, client, unit {found}, expected {(round, client, unit.index)}")
+        full_shapes = {tensor.name: tensor.shape for tensor in unit.tensors}
         pieces = []
-        for name, region, shape, words, details in header["pieces"]:
-            if region is None and tuple(shape) != shapes[name]:
-                raise WireError(f"{name} of shape {shapes[name]}", f"shape {tuple(shape)}", "report this: ranks hold different models")
-            if end + words > len(block):
-                raise WireError(f"{words} words for {name}", f"{len(block) - end} are left", "report this: a message was cut")
+        for name, region, shape, weight, words, details in header["pieces"]:
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} has the weight {weight}")
+            if not 0 <= words <= len(block) - end:
+                raise ValueError(f"{name} should have {words} words, {len(block) - end} are left")
+            where = _region_from_json(region, tuple(shape), full_shapes[name])
             values = codec.decode(details, block[end : end + words], tuple(shape))
-            pieces.append(Piece(unit.index, name, _region_from_json(region), values, float(header["weight"])))
+            pieces.append(Piece(unit.index, name, where, values, float(weight)))
             end += words
+        if end != len(block):
+            raise ValueError(f"{len(block) - end} words belong to no piece")
         return pieces
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise WireError(
             f"a block of unit {unit.name} from client {client}", f"{type(error).__name__}: {error}", "report this: a message was garbled"
         ) from None
@@ -85,8 +85,19 @@ def _region_to_json(region: Region) -> Any:
     return [part.tolist() for part in region] if isinstance(region, tuple) else region.tolist()
 
 
-def _region_from_json(region: Any) -> Region:
+def _region_from_json(region: Any, shape: tuple[int, ...], full_shape: tuple[int, ...]) -> Region:
+    """The region of values of this shape inside a tensor (raises ValueError where it does not lie inside)."""
     if region is None:
+        if shape != full_shape:
+            raise ValueError(f"shape {shape} instead of {full_shape}")
         return None
     pair = len(region) == 2 and isinstance(region[0], list)
-    return (np.array(region[0]), np.array(region[1])) if pair else np.array(region)
+    axes = region if pair else [region]
+    limits = full_shape if pair else (math.prod(full_shape),)
+    if len(axes) != len(limits) or shape != tuple(len(axis) for axis in axes):
+        raise ValueError(f"values of shape {shape} for a region of another one")
+    for axis, limit in zip(axes, limits):
+        if not all(isinstance(index, int) and 0 <= index < limit for index in axis):
+            raise ValueError(f"a region outside of {full_shape}")
+    indices = tuple(np.array(axis, np.int64) for axis in axes)
+    return indices if pair else indices[0]

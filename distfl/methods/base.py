@@ -107,13 +107,13 @@ class Method(ABC):
         """Bring pieces into the space where means are taken; default: unchanged."""
         return pieces
 
-    def finish(self, old: Tensor, mean: Tensor, share: Tensor | float) -> Tensor:
+    def finish(self, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
         """The new shared tensor.
 
         Args:
             old: before the round.
             mean: weighted mean of what clients sent; equals ``old`` where nobody sent anything.
-            share: part of the round's weight behind each element, 0 to 1.
+            share: part of the round's weight behind each element, 0 to 1; a scalar tensor where it is the same for all.
         """
         return mean
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from distfl.costs import Cost
@@ -77,10 +78,10 @@ class Caff(Method):
     def _cost_of_suffix(self, workload: Workload, client: Client, blocks: int) -> Cost:
         return self.cost(client, workload.costs.table.suffix(blocks), workload)
 
-    def finish(self, old: Tensor, mean: Tensor, share: Tensor | float) -> Tensor:
+    def finish(self, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
         if self.options.averaging == "contributors":
             return mean
-        return share * mean + (1 - share) * old
+        return torch.lerp(old, mean, share)  # exact where mean equals old
 
 
 METHOD = Caff

@@ -26,7 +26,9 @@ rank, size, first = transport.rank, transport.size, transport.rank == 0
 """
 
 # Every rank checks its own values and counts what it must have sent and received; the root prints all ledgers and counts.
-VERBS = START + """
+VERBS = (
+    START
+    + """
 sent, received = {}, {}
 
 def moved(verb, out, into):
@@ -76,8 +78,11 @@ everything = transport.gather([counted, {"sent": sent, "received": received}])
 if first:
     print(json.dumps(everything))
 """
+)
 
-WAIT = START + """
+WAIT = (
+    START
+    + """
 transport.broadcast_value(0)  # all are there
 began, cpu = time.monotonic(), time.process_time()
 if first:
@@ -89,18 +94,35 @@ everything = transport.gather(used)
 if first:
     print(json.dumps(everything))
 """
+)
 
-ABORT = START + """
+ABORT = (
+    START
+    + """
 if rank == 1:
     transport.abort(3)
 transport.gather(None)
 time.sleep(60)
 """
+)
 
 
 def mpirun(ranks: int, script: str, *arguments: str) -> subprocess.CompletedProcess:
     flags = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = [mpirun_path(), "-n", str(ranks), *flags, "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", sys.executable, "-c", script, *arguments]
+    command = [
+        mpirun_path(),
+        "-n",
+        str(ranks),
+        *flags,
+        "--bind-to",
+        "none",
+        "--map-by",
+        ":OVERSUBSCRIBE",
+        sys.executable,
+        "-c",
+        script,
+        *arguments,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
@@ -113,7 +135,10 @@ def test_every_verb_moves_the_right_values_and_counts_its_bytes(ranks):
     assert len(everything) == ranks
     for counted, expected in everything:
         assert counted == expected
-    sums = [sum(sum(ledger[way].get(verb, 0) for verb in ("scatter", "gather", "gather_blocks")) for ledger, _ in everything) for way in ("sent", "received")]
+    sums = [
+        sum(sum(ledger[way].get(verb, 0) for verb in ("scatter", "gather", "gather_blocks")) for ledger, _ in everything)
+        for way in ("sent", "received")
+    ]
     assert sums[0] == sums[1]  # nothing got lost on the way
     if ranks > 1:
         assert everything[1][0]["sent"]["gather_blocks"] > 20_000_000

@@ -68,7 +68,7 @@ def save(state: ServerState, folder: Path, keep: int) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(temporary, folder / name)
     _sync(folder)
-    for old in sorted(folder.glob("round-*"))[:-keep]:
+    for old in _in_order(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -80,7 +80,7 @@ def load(folder: Path, replica: Replica) -> ServerState:
     """
     from safetensors.torch import load_file  # see save
 
-    found = sorted(folder.glob("round-*"))
+    found = _in_order(folder)
     if not found:
         raise CheckpointError(f"--resume from {folder}", "no checkpoint lies there", "start without --resume, or name the right run.folder")
     newest = found[-1]
@@ -108,6 +108,11 @@ def load(folder: Path, replica: Replica) -> ServerState:
             f"damaged: {type(error).__name__}: {error}; older ones: {older}",
             f"delete {newest} to continue from an older one, or start anew in another run.folder",
         ) from None
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    return sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
 
 
 def _sync(path: Path) -> None:

@@ -155,7 +155,7 @@ class MemoryConfig:
     """How budgets are enforced."""
 
     enforce: Literal["auto", "rlimit", "report"] = "auto"
-    margin_mb: float = 1.5  # kept free by the planner: allocator and page rounding that no formula of tensors contains
+    margin_mb: float = 2.5  # kept free by the planner: allocator, page rounding and heap holes that no formula of tensors contains
 
     def __post_init__(self) -> None:
         require(self.margin_mb >= 0, "memory.margin_mb", self.margin_mb, "0 or more")

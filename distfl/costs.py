@@ -93,13 +93,14 @@ class Costs:
         values = VALUE_BYTES * tokens
         residual = values * (spec.width + spec.feedforward)  # gradients of a block's output and of its GELU output
         batch = TOKEN_BYTES * tokens
+        lowest = self.table[window.first].bytes if trained else 0  # its gradients come as its activations go
         kept = trained * per_block
         moments = {  # beyond weights and optimiser state
             "prefix forward": values * (2 * spec.width + 2 * spec.feedforward) if window.first > 1 else 0,
             "loss": kept + values * (spec.width + 3 * spec.vocabulary),  # log-probabilities, their gradient, the logits' gradient
             "head backward": kept + values * (2 * spec.width + spec.vocabulary) + head_gradient,
             "first block backward": kept + residual + head_gradient,
-            "last block backward": min(trained, 1) * per_block + residual + gradients,
+            "last block backward": min(trained, 1) * per_block + residual + gradients - lowest,
             "optimizer": gradients,
         }
         beyond = max(moments.values()) + batch

@@ -56,7 +56,7 @@ def try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, to
         return tensors, trained, None
     except Exception as error:
         if is_allocation_failure(error):
-            failure = _over_cap(assignment, f"in training: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            failure = over_cap(assignment, f"in training: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         elif isinstance(error, NotFinite):
             failure = Failure("not_finite", error.found)
         else:
@@ -65,7 +65,8 @@ def try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, to
     return None, Trained(0, 0, None), failure
 
 
-def _over_cap(assignment: Assignment, where: str) -> Failure:
+def over_cap(assignment: Assignment, where: str) -> Failure:
+    """The result of a client that needed more than its budget."""
     return Failure("over_cap", f"over its memory cap of {assignment.memory_bytes} bytes {where}")
 
 
@@ -96,7 +97,7 @@ def try_to_frame(
     except Exception as error:
         if not is_allocation_failure(error):
             raise
-        return NOTHING, _over_cap(assignment, f"in encoding {unit.name}")
+        return NOTHING, over_cap(assignment, f"in encoding {unit.name}")
 
 
 def report_of(

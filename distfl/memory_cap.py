@@ -9,7 +9,9 @@ past it fails.
   lives on. Counts private writable memory; shared mappings and file pages are not in it.
 * ``report``: nothing is enforced, peaks are measured all the same; every output says so.
 
-The peak is resident memory: the kernel's high-water mark, reset when a client starts.
+The peak is resident memory: the kernel's high-water mark, reset when a client starts. It also covers what the
+limit cannot see: blocks below ``MMAP_THRESHOLD_BYTES`` that reuse heap which an earlier client freed. A client
+whose peak is over its budget is left out, whichever of the two noticed.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ import torch
 from distfl.errors import CapError
 
 PROOF_STEP_BYTES = 2 * 2**20  # the proof stops this far under the budget, then asks for twice as much
-MMAP_THRESHOLD_BYTES = 32 * 1024  # smaller blocks (norms, biases) may reuse heap that was freed before: the one gap in the cap
+MMAP_THRESHOLD_BYTES = 32 * 1024
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
 
 _ALLOCATION_FAILURES = (
     "can't allocate memory",
@@ -62,7 +64,7 @@ class Meter:
         """Read the baseline and impose the cap."""
         trim_heap()
         self._resident_before = resident_bytes()
-        self._limit = data_bytes() + self._budget
+        self._limit = data_bytes() - free_heap_bytes() + self._budget
         self._cap.set_limit(self._limit)
         reset_high_water()
 
@@ -190,6 +192,7 @@ def exact_allocator() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_TOP_PAD, 0)  # else the heap grows ahead of need, and large blocks are cut from that
         libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
@@ -205,6 +208,21 @@ def collect_garbage() -> None:
     """Drop what a failed client's exception still referred to."""
     gc.collect()
     trim_heap()
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2: ten counters, the ninth is the free bytes inside the heap."""
+
+    _fields_ = [(f"field{number}", ctypes.c_size_t) for number in range(10)]
+
+
+def free_heap_bytes() -> int:
+    """Bytes of the heap that are mapped but free: allocations could take them unseen by any limit."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = _Mallinfo2
+    return libc.mallinfo2().field8
 
 
 def resident_bytes() -> int:

@@ -31,8 +31,8 @@ from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
 from distfl.errors import CapError
 from distfl.fleet import participants, waves_of
-from distfl.hosting import NOTHING, RankState, rank_state, rehearse, report_of, try_to_frame, try_to_train
-from distfl.memory_cap import MemoryCap, make_cap
+from distfl.hosting import NOTHING, RankState, over_cap, rank_state, rehearse, report_of, try_to_frame, try_to_train
+from distfl.memory_cap import MemoryCap, Report, make_cap
 from distfl.messages import Assignment, ClientReport, RoundRecord, Score
 from distfl.model import ModelSpec, from_tensors
 from distfl.server_optimizer import ServerOptimizer
@@ -42,8 +42,6 @@ from distfl.transport.base import Transport, pack
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
-
-UNLIMITED_BYTES = 2**50
 
 
 # --- introduction and proof ------------------------------------------------------------------
@@ -87,7 +85,7 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     failure, cap = None, None
     try:
         cap = make_cap(config.memory.enforce)
-        with cap.imposed(UNLIMITED_BYTES):
+        with Report().imposed(0):
             rehearse(state)
         for budget in message["budgets"]:
             cap.prove(budget)
@@ -327,6 +325,8 @@ def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
     with cap.imposed(assignment.memory_bytes) as meter:
         tensors, trained, failure = try_to_train(state, assignment)
         with meter.paused():
+            if failure is None and meter.peak_bytes > assignment.memory_bytes:
+                tensors, failure = None, over_cap(assignment, f"with a resident peak of {meter.peak_bytes}")
             transport.gather(failure is None)
         seconds = time.monotonic() - began
         for unit in state.table:

@@ -20,15 +20,21 @@ from distfl.transport.local import LocalTransport, group
 torch.set_num_threads(1)  # tests that demand equal bits must not depend on the number of cores
 
 SPEC = ModelSpec(depth=3, width=16, heads=2, context=8, vocabulary=300)
-TEXTS = ["the cat sat on the mat and the dog sat on the log", "a rose is a rose is a rose and a thorn is a thorn",
-         "rain on the plain, sun on the sand, wind in the willows", "one fish, two fish, red fish, blue fish, no fish"]
+TEXTS = [
+    "the cat sat on the mat and the dog sat on the log",
+    "a rose is a rose is a rose and a thorn is a thorn",
+    "rain on the plain, sun on the sand, wind in the willows",
+    "one fish, two fish, red fish, blue fish, no fish",
+]
 
 
 def weights(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, Tensor]:
     """Every tensor random and far from its usual start (zero biases and unit norms would hide their absence)."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(parameter.shape, generator=generator) * 0.3 + (1.0 if ".norm" in name and name.endswith("weight") else 0.0)
-            for name, parameter in skeleton(spec).named_parameters()}
+    return {
+        name: torch.randn(parameter.shape, generator=generator) * 0.3 + (1.0 if ".norm" in name and name.endswith("weight") else 0.0)
+        for name, parameter in skeleton(spec).named_parameters()
+    }
 
 
 def model(spec: ModelSpec = SPEC, seed: int = 0) -> TinyTransformer:
@@ -52,14 +58,21 @@ def write_family(folder: Path, models: dict[ModelSpec, dict[str, Tensor]]) -> Fa
         write_weights(folder / f"depth-{spec.depth:02d}.safetensors", tensors, torch.float32)
         shape = {"width": spec.width, "heads": spec.heads, "context": spec.context, "vocabulary": spec.vocabulary}
     write_atomically(folder / "tokenizer.json", tokenizer().to_str())
-    write_json(folder / "family.json", {"format": FORMAT, "architecture": shape,
-                                        "depths": {str(spec.depth): {"file": f"depth-{spec.depth:02d}.safetensors"} for spec in models}})
+    write_json(
+        folder / "family.json",
+        {
+            "format": FORMAT,
+            "architecture": shape,
+            "depths": {str(spec.depth): {"file": f"depth-{spec.depth:02d}.safetensors"} for spec in models},
+        },
+    )
     return open_family(str(folder))
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def on_ranks(size: int, work: Callable[[LocalTransport], object]) -> list[object]:

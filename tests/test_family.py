@@ -112,8 +112,11 @@ def test_damaged_weights_are_refused(folder, damage):
 def test_weights_of_another_shape_are_refused(folder):
     tensors = weights(THREE)
     lacking = {name: tensor for name, tensor in tensors.items() if name != "blocks.2.fc1.bias"}
-    for wrong, name in ((tensors | {"head.norm.bias": torch.zeros(17)}, "head.norm.bias"), (lacking, "blocks.2.fc1.bias"),
-                        (tensors | {"extra": torch.zeros(1)}, "extra")):
+    for wrong, name in (
+        (tensors | {"head.norm.bias": torch.zeros(17)}, "head.norm.bias"),
+        (lacking, "blocks.2.fc1.bias"),
+        (tensors | {"extra": torch.zeros(1)}, "extra"),
+    ):
         save_file(wrong, folder / "depth-03.safetensors")
         assert name in refusal(lambda: open_family(str(folder)).tensors(3))
 
@@ -122,30 +125,56 @@ def drop(key):
     return lambda values: values.pop(key) and None
 
 
-@pytest.mark.parametrize("change", [
-    lambda _: "", lambda _: "{", lambda _: "null", lambda _: "[]", lambda _: "7", drop("depths"), drop("architecture"),
-    lambda values: values | {"depths": {"three": {"file": "depth-03.safetensors"}}},
-    lambda values: values | {"architecture": {"width": 16}},
-    lambda values: values | {"architecture": [16]},
-    lambda values: values | {"architecture": values["architecture"] | {"depth": 3}},
-    lambda values: values | {"architecture": values["architecture"] | {"colour": 3}},
-], ids=["empty", "half", "null", "list", "number", "no depths", "no architecture", "depth no number", "little architecture",
-        "architecture a list", "architecture with depth", "architecture with odd key"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: "",
+        lambda _: "{",
+        lambda _: "null",
+        lambda _: "[]",
+        lambda _: "7",
+        drop("depths"),
+        drop("architecture"),
+        lambda values: values | {"depths": {"three": {"file": "depth-03.safetensors"}}},
+        lambda values: values | {"architecture": {"width": 16}},
+        lambda values: values | {"architecture": [16]},
+        lambda values: values | {"architecture": values["architecture"] | {"depth": 3}},
+        lambda values: values | {"architecture": values["architecture"] | {"colour": 3}},
+    ],
+    ids=[
+        "empty",
+        "half",
+        "null",
+        "list",
+        "number",
+        "no depths",
+        "no architecture",
+        "depth no number",
+        "little architecture",
+        "architecture a list",
+        "architecture with depth",
+        "architecture with odd key",
+    ],
+)
 def test_a_garbled_manifest_is_refused(folder, change):
     manifest(folder, change)
     assert "family.json" in refusal(lambda: open_family(str(folder)))
 
 
-@pytest.mark.parametrize("change", [
-    lambda values: values | {"depths": {"1": {}}},
-    lambda values: values | {"depths": [1, 3]},
-    lambda values: values | {"depths": {"01": {"file": "depth-01.safetensors"}}},
-    lambda values: values | {"depths": {"1": {"file": 7}}},
-    lambda values: values | {"depths": {}},
-    lambda values: values | {"architecture": values["architecture"] | {"width": "wide"}},
-    lambda values: values | {"architecture": values["architecture"] | {"heads": 0}},
-    lambda values: values | {"architecture": values["architecture"] | {"heads": 3}},
-], ids=["no file", "depths a list", "depth 01", "file a number", "no depth", "width a text", "no heads", "heads no divisor"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values | {"depths": {"1": {}}},
+        lambda values: values | {"depths": [1, 3]},
+        lambda values: values | {"depths": {"01": {"file": "depth-01.safetensors"}}},
+        lambda values: values | {"depths": {"1": {"file": 7}}},
+        lambda values: values | {"depths": {}},
+        lambda values: values | {"architecture": values["architecture"] | {"width": "wide"}},
+        lambda values: values | {"architecture": values["architecture"] | {"heads": 0}},
+        lambda values: values | {"architecture": values["architecture"] | {"heads": 3}},
+    ],
+    ids=["no file", "depths a list", "depth 01", "file a number", "no depth", "width a text", "no heads", "heads no divisor"],
+)
 def test_a_manifest_of_the_wrong_kinds_is_refused(folder, change):
     manifest(folder, change)
     assert "family.json" in refusal(lambda: open_family(str(folder)))

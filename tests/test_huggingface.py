@@ -120,19 +120,32 @@ def test_a_gpt2_without_head_is_imported_as_a_tied_one(tmp_path):
         torch.testing.assert_close(from_tensors(family.spec(2), family.tensors(2))(tokens(2, 8)), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"activation_function": "gelu"}, {"activation_function": "relu"},
-                                    {"layer_norm_epsilon": 1e-6}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
-                                    {"n_inner": 48}], ids=lambda change: "{} {}".format(*next(iter(change.items()))))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_inner": 48},
+    ],
+    ids=lambda change: "{} {}".format(*next(iter(change.items()))),
+)
 def test_other_arithmetic_is_refused(family, tmp_path, change):
     edit(exported(family, 3, tmp_path / "gpt2"), **change)
-    (key, value), = change.items()
+    ((key, value),) = change.items()
     with pytest.raises(FamilyError, match=f"(?s)gpt2.*{key} = {value!r}"):
         import_family([tmp_path / "gpt2"], tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("change", [{"n_embd": 32, "n_inner": 128}, {"n_layer": 4}, {"vocab_size": 301}, {"n_positions": 9}],
-                         ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [{"n_embd": 32, "n_inner": 128}, {"n_layer": 4}, {"vocab_size": 301}, {"n_positions": 9}],
+    ids=lambda change: next(iter(change)),
+)
 def test_weights_that_do_not_fit_their_config_are_refused(family, tmp_path, change):
     edit(exported(family, 3, tmp_path / "gpt2"), **change)
     with pytest.raises(FamilyError, match="(?s)transformer.*gpt2.*is needed"):

@@ -40,10 +40,19 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def config(corpus, tmp_path):
     return PretrainConfig(
-        output=str(tmp_path / "family"), data=DataConfig(corpus="json", path=str(corpus), cache=str(tmp_path / "cache")),
+        output=str(tmp_path / "family"),
+        data=DataConfig(corpus="json", path=str(corpus), cache=str(tmp_path / "cache")),
         architecture=ArchitectureConfig(depths=(1, 2), width=16, heads=2, context=16, vocabulary=300),
-        schedule=PretrainSchedule(tokens=(STEPS * 4 * 16,), batch=4, warmup_steps=2, learning_rate=1e-2, validate_every=4,
-                                  checkpoint_every=3, early_validation_sequences=8))
+        schedule=PretrainSchedule(
+            tokens=(STEPS * 4 * 16,),
+            batch=4,
+            warmup_steps=2,
+            learning_rate=1e-2,
+            validate_every=4,
+            checkpoint_every=3,
+            early_validation_sequences=8,
+        ),
+    )
 
 
 @pytest.fixture
@@ -79,7 +88,12 @@ def test_a_family_with_its_manifest_is_written(config, tmp_path):
     family = alone(config)
     assert family == open_family(config.output) and family.depths == (1, 2)
     assert sorted(file.name for file in (tmp_path / "family").iterdir()) == [
-        "depth-01.safetensors", "depth-02.safetensors", "family.json", "log.jsonl", "tokenizer.json"]
+        "depth-01.safetensors",
+        "depth-02.safetensors",
+        "family.json",
+        "log.jsonl",
+        "tokenizer.json",
+    ]
     manifest = family.manifest
     assert manifest["architecture"] == {"width": 16, "heads": 2, "context": 16, "vocabulary": 300}
     assert manifest["uniform_validation_loss"] == pytest.approx(math.log(300), abs=1e-4)
@@ -234,7 +248,8 @@ def test_an_interrupted_pretraining_ends_in_the_same_weights(config, written, mo
     for file in ("depth-01.safetensors", "depth-02.safetensors"):
         assert same_bits(written["family"][file], written["halved"][file])
     assert {depth: entry["validation_loss"] for depth, entry in family.manifest["depths"].items()} == {
-        depth: entry["validation_loss"] for depth, entry in open_family(config.output).manifest["depths"].items()}
+        depth: entry["validation_loss"] for depth, entry in open_family(config.output).manifest["depths"].items()
+    }
     assert not (family.folder / "unfinished").exists()
 
 
@@ -249,9 +264,17 @@ def interrupted(config, monkeypatch) -> None:
             alone(config)
 
 
-@pytest.mark.parametrize("section, values", [
-    ("schedule", {"learning_rate": 1e-3}), ("schedule", {"batch": 2}), ("architecture", {"width": 32}), ("architecture", {"heads": 4}),
-    ("architecture", {"vocabulary": 310})], ids=str)
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ("schedule", {"learning_rate": 1e-3}),
+        ("schedule", {"batch": 2}),
+        ("architecture", {"width": 32}),
+        ("architecture", {"heads": 4}),
+        ("architecture", {"vocabulary": 310}),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_of_another_config_is_refused(config, monkeypatch, section, values):
     interrupted(config, monkeypatch)
     with pytest.raises(CheckpointError):
@@ -290,8 +313,6 @@ def test_a_tokenizer_that_an_early_failure_left_behind_is_not_used(config, monke
 # --- several ranks -----------------------------------------------------------------------------------------------------------------
 
 
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("seed", [3, 1], ids=["full rows", "short row"])
 def test_several_ranks_train_the_same_family_as_one(config, written, monkeypatch, seed, ranks):
@@ -322,8 +343,7 @@ def test_several_ranks_train_the_same_family_as_one(config, written, monkeypatch
         assert more == pytest.approx(one, abs=2e-4)
 
 
-@pytest.mark.parametrize("ranks", [
-    2, 3])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_the_logged_training_loss_does_not_depend_on_the_ranks(config, tmp_path, ranks):
     short = change(config, "architecture", depths=(1,))
     alone(short)

@@ -88,14 +88,17 @@ def test_no_work_is_no_batch():
 # --- learning rate -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule, final, wanted", [
-    ("constant", 0.2, [1.0, 1.0, 1.0, 1.0, 1.0]),
-    ("linear", None, [1.0, 1.0, 1.0, 1.0, 1.0]),
-    ("linear", 0.2, [1.0, 0.8, 0.6, 0.4, 0.2]),  # 0.8 to go in 4 steps of 0.2
-    ("linear", 0.0, [1.0, 0.75, 0.5, 0.25, 0.0]),
-    # 1 - 0.8 (1 - cos(pi p)) / 2 at p = 0, 1/4, 1/2, 3/4, 1; cos(pi/4) = 0.7071: (1 - 0.7071) / 2 = 0.14645, times 0.8 is 0.11716
-    ("cosine", 0.2, [1.0, 0.88284, 0.6, 0.31716, 0.2]),
-])
+@pytest.mark.parametrize(
+    "schedule, final, wanted",
+    [
+        ("constant", 0.2, [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", None, [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", 0.2, [1.0, 0.8, 0.6, 0.4, 0.2]),  # 0.8 to go in 4 steps of 0.2
+        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25, 0.0]),
+        # 1 - 0.8 (1 - cos(pi p)) / 2 at p = 0, 1/4, 1/2, 3/4, 1; cos(pi/4) = 0.7071: (1 - 0.7071) / 2 = 0.14645, times 0.8 is 0.11716
+        ("cosine", 0.2, [1.0, 0.88284, 0.6, 0.31716, 0.2]),
+    ],
+)
 def test_schedules_by_hand(schedule, final, wanted):
     config = TrainingConfig(steps=1, learning_rate=1.0, final_learning_rate=final, schedule=schedule)
     assert [learning_rate(config, round, 5) for round in range(1, 6)] == pytest.approx(wanted, abs=1e-5)
@@ -203,8 +206,9 @@ def test_optimizers_are_made_as_configured():
     assert isinstance(sgd, SGD) and (sgd.momentum, sgd.weight_decay) == (0.7, 0.2)
 
 
-@pytest.mark.parametrize("settings, count", [
-    ({"optimizer": "adamw"}, 2), ({"optimizer": "sgd"}, 0), ({"optimizer": "sgd", "momentum": 0.9}, 1)])
+@pytest.mark.parametrize(
+    "settings, count", [({"optimizer": "adamw"}, 2), ({"optimizer": "sgd"}, 0), ({"optimizer": "sgd", "momentum": 0.9}, 1)]
+)
 def test_state_tensors_are_as_many_as_the_optimiser_holds(settings, count):
     config = TrainingConfig(steps=1, **settings)
     assert state_tensors(config) == count

@@ -39,7 +39,10 @@ def test_tensors_of_a_unit_lie_one_after_another():
             end += tensor.elements
         assert end == unit.elements
     assert [(t.name, t.shape, t.offset) for t in UnitTable(TWO)[3].tensors] == [
-        ("head.norm.weight", (4,), 0), ("head.norm.bias", (4,), 4), ("head.output.weight", (5, 4), 8)]
+        ("head.norm.weight", (4,), 0),
+        ("head.norm.bias", (4,), 4),
+        ("head.output.weight", (5, 4), 8),
+    ]
 
 
 @pytest.mark.parametrize("blocks", range(SPEC.depth + 1))

@@ -40,7 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for group, blocks in self.extra_blocks.items():
-            if not isinstance(blocks, int) or blocks < 0:
+            if type(blocks) is not int or blocks < 0:
                 raise ConfigError(f"extra_blocks.{group} = {blocks!r}", "not a number of blocks", "give 0 or more")
 
 

@@ -53,6 +53,7 @@ class MpiTransport(Transport):
 
     def scatter(self, values: list[Any] | None = None) -> Any:
         blocks = [pack(value) for value in values] if values is not None else []
+        assert self.rank != 0 or len(blocks) == self.size, (len(blocks), self.size)
         counts = np.array([len(block) for block in blocks], np.int64)
         mine = np.empty(1, np.int64)
         self._wait(self.comm.Iscatter(counts if self.rank == 0 else None, mine, root=0))
@@ -117,7 +118,7 @@ def library() -> str:
 
 
 def _typed(array: np.ndarray) -> list:
-    kinds = {"f": MPI.FLOAT, "u": MPI.UINT32_T}
+    kinds = {"f": MPI.FLOAT, "u": MPI.UINT32_T, "i": MPI.INT32_T}
     assert array.itemsize == WORD.itemsize and array.flags.c_contiguous, (array.dtype, array.flags)
     return [array, array.size, kinds[array.dtype.kind]]
 

@@ -1,6 +1,6 @@
 """CPU seconds of a client rank from process start to its first round, against bare `import torch, mpi4py.MPI`, alternated.
 
-    python tests/benchmarks/start_up.py [PAIRS] [CONFIG] [key=value ...]
+python tests/benchmarks/start_up.py [PAIRS] [CONFIG] [key=value ...]
 """
 
 import json
@@ -19,7 +19,9 @@ BARE = "import time, torch; from mpi4py import MPI; print(MPI.COMM_WORLD.rank, t
 def bare_seconds() -> float:
     """Mean over the client ranks of a job that only imports."""
     command = mpirun_command(RANKS, [])
-    lines = subprocess.run([*command[: command.index(sys.executable)], sys.executable, "-c", BARE], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [*command[: command.index(sys.executable)], sys.executable, "-c", BARE], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     by_rank = dict(line.split() for line in lines)
     return statistics.mean(float(by_rank[str(rank)]) for rank in range(1, RANKS))
 

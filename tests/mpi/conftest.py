@@ -18,7 +18,38 @@ from distfl.files import write_json
 from distfl.model import ModelSpec, initial_tensors
 from distfl.pretrain import train_tokenizer
 
-WORDS = ["the", "of", "and", "to", "in", "that", "it", "was", "his", "he", "with", "as", "for", "had", "is", "at", "on", "her", "by", "not", "be", "which", "she", "you", "from", "said", "all", "but", "have", "him"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "it",
+    "was",
+    "his",
+    "he",
+    "with",
+    "as",
+    "for",
+    "had",
+    "is",
+    "at",
+    "on",
+    "her",
+    "by",
+    "not",
+    "be",
+    "which",
+    "she",
+    "you",
+    "from",
+    "said",
+    "all",
+    "but",
+    "have",
+    "him",
+]
 SHAPE = {"width": 64, "heads": 2, "context": 64, "vocabulary": 512}
 
 
@@ -46,7 +77,10 @@ def family(tmp_path_factory, corpus):
     for depth in (2, 4):
         tensors = initial_tensors(ModelSpec(depth, **SHAPE), torch.Generator().manual_seed(depth))
         write_weights(folder / f"depth-{depth:02d}.safetensors", tensors, torch.float32)
-    write_json(folder / "family.json", {"format": 1, "architecture": SHAPE, "depths": {str(d): {"file": f"depth-{d:02d}.safetensors"} for d in (2, 4)}})
+    write_json(
+        folder / "family.json",
+        {"format": 1, "architecture": SHAPE, "depths": {str(d): {"file": f"depth-{d:02d}.safetensors"} for d in (2, 4)}},
+    )
     return folder
 
 
@@ -54,8 +88,16 @@ def family(tmp_path_factory, corpus):
 def config(tmp_path, corpus, family):
     """A config file of 12 clients in two budget groups; one block more than planned costs about 5 MB."""
     values = {
-        "rounds": 2, "seed": 3, "run": {"folder": str(tmp_path / "run")},
-        "data": {"corpus": "json", "path": str(corpus), "client_column": "who", "minimum_characters": 100, "cache": str(tmp_path / "cache")},
+        "rounds": 2,
+        "seed": 3,
+        "run": {"folder": str(tmp_path / "run")},
+        "data": {
+            "corpus": "json",
+            "path": str(corpus),
+            "client_column": "who",
+            "minimum_characters": 100,
+            "cache": str(tmp_path / "cache"),
+        },
         "model": {"family": str(family), "depths": [4]},
         "fleet": {"groups": [{"name": "weak", "memory_mb": 16, "share": 0.5}, {"name": "strong", "memory_mb": 40, "share": 0.5}]},
         "training": {"batch": 16, "steps": 2, "learning_rate": 1e-3},
@@ -75,7 +117,9 @@ class Distfl:
         command = [*(program or [sys.executable, "-m", "distfl"]), *map(str, arguments), *(["--ranks", str(ranks)] if ranks else [])]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    def __call__(self, *arguments: str, ranks: int | None = None, timeout: float = 120, program: list[str] | None = None) -> subprocess.CompletedProcess:
+    def __call__(
+        self, *arguments: str, ranks: int | None = None, timeout: float = 120, program: list[str] | None = None
+    ) -> subprocess.CompletedProcess:
         process = self.start(*arguments, ranks=ranks, program=program)
         try:
             out, err = process.communicate(timeout=timeout)

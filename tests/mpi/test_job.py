@@ -29,7 +29,16 @@ def test_100_clients_10_per_round_do_not_depend_on_the_number_of_ranks(distfl, c
     models = set()
     for ranks in (5, 11):
         run = tmp_path / f"run-{ranks}"
-        done = distfl("train", config, f"run.folder={run}", "data.partition=iid", "data.clients=100", "fleet.participants=10", "training.steps=1", ranks=ranks)
+        done = distfl(
+            "train",
+            config,
+            f"run.folder={run}",
+            "data.partition=iid",
+            "data.clients=100",
+            "fleet.participants=10",
+            "training.steps=1",
+            ranks=ranks,
+        )
         assert done.returncode == 0, done.stderr
         rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
         assert [record["merged"] for record in rounds] == [0, 10, 10]
@@ -70,7 +79,14 @@ def test_without_a_limit_the_proof_fails_and_nothing_starts(distfl, config, tmp_
 
 def test_resume_after_kill_9_of_the_whole_job_gives_the_same_bits(distfl, config, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    common = ("rounds=6", "server.optimizer=adam", "server.learning_rate=0.01", "fleet.participants=6", "training.schedule=cosine", "training.final_learning_rate=0")
+    common = (
+        "rounds=6",
+        "server.optimizer=adam",
+        "server.learning_rate=0.01",
+        "fleet.participants=6",
+        "training.schedule=cosine",
+        "training.final_learning_rate=0",
+    )
     assert distfl("train", config, *common, f"run.folder={whole}").returncode == 0
     process = distfl.start("train", config, *common, f"run.folder={broken}", ranks=3)
     distfl.wait_for_round(broken, 2, process)
@@ -102,10 +118,12 @@ def test_sigusr1_checkpoints_and_leaves_with_the_requeue_code(distfl, config, tm
 
 def test_a_programming_error_on_one_rank_ends_the_job_within_seconds_with_its_traceback(distfl, config, tmp_path):
     script = tmp_path / "broken.py"
-    script.write_text("import sys\nimport distfl.rounds as rounds\nfrom mpi4py import MPI\n"
-                      "def boom(*a):\n    raise ZeroDivisionError('planted')\n"
-                      "if MPI.COMM_WORLD.rank == 2:\n    rounds._host = boom\n"
-                      "from distfl.cli import main\nsys.exit(main())\n")
+    script.write_text(
+        "import sys\nimport distfl.rounds as rounds\nfrom mpi4py import MPI\n"
+        "def boom(*a):\n    raise ZeroDivisionError('planted')\n"
+        "if MPI.COMM_WORLD.rank == 2:\n    rounds._host = boom\n"
+        "from distfl.cli import main\nsys.exit(main())\n"
+    )
     began = time.monotonic()
     done = distfl("train", config, program=[*_mpirun(4), sys.executable, str(script)], timeout=60)
     assert done.returncode not in (0, 2, 75)
@@ -115,10 +133,12 @@ def test_a_programming_error_on_one_rank_ends_the_job_within_seconds_with_its_tr
 
 def test_a_client_rank_imports_no_more_than_it_trains_with(distfl, config, tmp_path):
     script = tmp_path / "imports.py"
-    script.write_text("import sys\nfrom distfl.cli import main\ncode = main()\nfrom mpi4py import MPI\n"
-                      "heavy = [m for m in ('transformers', 'datasets', 'tensorboard', 'pandas', 'pyarrow', 'tokenizers', 'safetensors', 'yaml', 'matplotlib',"
-                      " 'torch._dynamo', 'sympy') if m in sys.modules]\n"
-                      "print('RANK', MPI.COMM_WORLD.rank, heavy, flush=True)\nsys.exit(code)\n")
+    script.write_text(
+        "import sys\nfrom distfl.cli import main\ncode = main()\nfrom mpi4py import MPI\n"
+        "heavy = [m for m in ('transformers', 'datasets', 'tensorboard', 'pandas', 'pyarrow', 'tokenizers', 'safetensors', 'yaml', 'matplotlib',"
+        " 'torch._dynamo', 'sympy') if m in sys.modules]\n"
+        "print('RANK', MPI.COMM_WORLD.rank, heavy, flush=True)\nsys.exit(code)\n"
+    )
     done = distfl("train", config, program=[*_mpirun(3), sys.executable, str(script)])
     assert done.returncode == 0, done.stderr
     lines = {line.split()[1]: line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if line.startswith("RANK")}

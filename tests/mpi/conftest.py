@@ -18,38 +18,7 @@ from distfl.files import write_json
 from distfl.model import ModelSpec, initial_tensors
 from distfl.pretrain import train_tokenizer
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "that",
-    "it",
-    "was",
-    "his",
-    "he",
-    "with",
-    "as",
-    "for",
-    "had",
-    "is",
-    "at",
-    "on",
-    "her",
-    "by",
-    "not",
-    "be",
-    "which",
-    "she",
-    "you",
-    "from",
-    "said",
-    "all",
-    "but",
-    "have",
-    "him",
-]
+WORDS = ("the of and to in that it was his he with as for had is at on her by not be which she you from said all but have him").split()
 SHAPE = {"width": 64, "heads": 2, "context": 64, "vocabulary": 512}
 
 

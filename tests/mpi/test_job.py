@@ -135,8 +135,8 @@ def test_a_client_rank_imports_no_more_than_it_trains_with(distfl, config, tmp_p
     script = tmp_path / "imports.py"
     script.write_text(
         "import sys\nfrom distfl.cli import main\ncode = main()\nfrom mpi4py import MPI\n"
-        "heavy = [m for m in ('transformers', 'datasets', 'tensorboard', 'pandas', 'pyarrow', 'tokenizers', 'safetensors', 'yaml', 'matplotlib',"
-        " 'torch._dynamo', 'sympy') if m in sys.modules]\n"
+        "heavy = [m for m in ('transformers', 'datasets', 'tensorboard', 'pandas', 'pyarrow', 'tokenizers', 'safetensors', 'yaml',"
+        " 'matplotlib', 'torch._dynamo', 'sympy') if m in sys.modules]\n"
         "print('RANK', MPI.COMM_WORLD.rank, heavy, flush=True)\nsys.exit(code)\n"
     )
     done = distfl("train", config, program=[*_mpirun(3), sys.executable, str(script)])

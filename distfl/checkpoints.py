@@ -21,7 +21,7 @@ class ServerState:
     """Everything a round depends on besides the config.
 
     Args:
-        round: last finished round; 0 before the first.
+        round: last finished round; -1 before round 0, which trains nobody.
         replica: the shared tensors and their versions.
         optimizer: state of the server optimiser, by name.
         limits: client id -> most blocks it may train, learnt from its over-budget rounds.
@@ -33,9 +33,6 @@ class ServerState:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     limits: dict[int, int] = field(default_factory=dict)
     copies: dict[int, list[int]] = field(default_factory=dict)
-
-    def copy_of(self, client: int) -> list[int] | None:
-        return self.copies.get(client)
 
     def now_holds(self, client: int, spoilt: range) -> None:
         """After a round: the client holds what it was sent, except the units it trained itself."""
@@ -70,6 +67,11 @@ def save(state: ServerState, folder: Path, keep: int) -> None:
     _sync(folder)
     for old in _in_order(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def exist(folder: Path) -> bool:
+    """Whether there is any checkpoint, whole or damaged."""
+    return bool(_in_order(folder))
 
 
 def load(folder: Path, replica: Replica) -> ServerState:
@@ -112,7 +114,7 @@ def load(folder: Path, replica: Replica) -> ServerState:
 
 def _in_order(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+    return sorted((path for path in folder.glob("round-*") if path.name[6:].isdigit()), key=lambda path: int(path.name[6:]))
 
 
 def _sync(path: Path) -> None:

@@ -112,13 +112,15 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
-    config = settings.load(PretrainConfig, options.config, options.overrides)
     size = launching.launched_size()
-    if options.ranks is not None and size is None:
+    if size is None and options.ranks is not None:
+        settings.load(PretrainConfig, options.config, options.overrides)  # refused here, before any rank starts
+        if options.ranks < 1:
+            raise TransportError(f"--ranks {options.ranks}", "at least one rank is needed", "use --ranks 1 or more, or leave it away")
         return launching.run_ranks(options.ranks, arguments)
     from distfl.running import run_pretraining
 
-    return run_pretraining(config, options.resume, launched=size is not None)
+    return run_pretraining(options, launched=size is not None)
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:

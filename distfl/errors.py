@@ -50,6 +50,10 @@ class NotFinite(DistflError):
     """A client's loss or update is not finite: a result of the round, not a crash."""
 
 
+class StartError(DistflError):
+    """A rank that cannot do its part, found before any rank trained."""
+
+
 class WireError(DistflError):
     """A message that does not say what its header promises."""
 

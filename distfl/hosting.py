@@ -14,8 +14,8 @@ from distfl.costs import Costs
 from distfl.errors import NotFinite
 from distfl.memory_cap import Meter, collect_garbage, is_allocation_failure
 from distfl.messages import Assignment, ClientReport, Failure
-from distfl.methods.base import Method, costs_of, load_method
-from distfl.model import ModelSpec, from_tensors
+from distfl.methods.base import Method, build_model, costs_of, load_method
+from distfl.model import ModelSpec
 from distfl.replica import Replica
 from distfl.shards import ShardIndex
 from distfl.training import Trained, train
@@ -72,8 +72,7 @@ def over_cap(assignment: Assignment, where: str) -> Failure:
 
 def _train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor], Trained]:
     """The client's own copy of the model, trained; only its tensors are left when this returns."""
-    model = from_tensors(state.spec, state.replica.copy())
-    state.method.prepare(model)
+    model = build_model(state.method, state.spec, state.replica.copy())
     data = state.shards.train(assignment.client, state.spec.context)
     with state.method.attached(model, assignment) as parameters:
         trained = train(model, parameters, assignment.window.first, data, state.config.training, assignment, state.config.seed)
@@ -127,7 +126,7 @@ def rehearse(state: RankState) -> None:
     pages, kernels' caches and whatever else is made at the first use belong to the baseline, not to the first client."""
     training = replace(state.config.training, epochs=None, steps=1)
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
-    assignment = Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, training.learning_rate)
+    assignment = Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, learning_rate=0.0)
     tensors, _ = _train(small, assignment)
     for unit in small.table:
         try_to_frame(small, tensors, assignment, unit)

@@ -13,6 +13,7 @@ from distfl.errors import FamilyError
 from distfl.family import FORMAT, Family, open_family, write_weights
 from distfl.files import sha256, write_json
 from distfl.model import ModelSpec, skeleton
+from distfl.shards import END_OF_TEXT
 
 # ours -> GPT-2's; GPT-2 stores the weights of these four linears transposed
 _BLOCK = {"norm1": "ln_1", "qkv": "attn.c_attn", "proj": "attn.c_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
@@ -41,6 +42,9 @@ def export(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder:
     """
     if folder.exists():
         raise FamilyError(f"export to {folder}", "it exists", "name a new folder")
+    from tokenizers import Tokenizer  # only exporting and importing read one here
+
+    end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
     foreign = {_foreign_name(name): tensor.T if name.endswith(_TRANSPOSED) else tensor for name, tensor in tensors.items()}
     write_weights(folder / "model.safetensors", foreign, torch.float32)
     write_json(
@@ -60,8 +64,8 @@ def export(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder:
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
             "resid_pdrop": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
+            "bos_token_id": end_of_text,
+            "eos_token_id": end_of_text,
             "dtype": "float32",
         },
     )
@@ -69,9 +73,9 @@ def export(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|endoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
             "model_max_length": spec.context,
         },
     )

@@ -40,6 +40,11 @@ def launched_size() -> int | None:
     return None
 
 
+def threads_per_rank() -> int:
+    """Threads that a rank computes with: ``DISTFL_THREADS``, else one."""
+    return int(os.environ.get("DISTFL_THREADS", "1"))
+
+
 def mpirun_path() -> str:
     """The mpirun to use: beside this Python (the PyPI wheel) or on PATH (raises TransportError)."""
     beside = Path(sys.executable).with_name("mpirun")
@@ -59,7 +64,9 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:  # inside an allocation its slots are the truth
         flags += ["--map-by", ":OVERSUBSCRIBE"]
     for variable in ONE_THREAD:
-        flags += ["-x", f"{variable}={os.environ.get('DISTFL_THREADS', '1')}"]
+        flags += ["-x", f"{variable}={threads_per_rank()}"]
+    if "DISTFL_THREADS" in os.environ:
+        flags += ["-x", "DISTFL_THREADS"]
     flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))
     return [mpirun_path(), *flags, sys.executable, "-m", "distfl", *arguments]
 

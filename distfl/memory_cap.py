@@ -11,7 +11,7 @@ past it fails.
 
 The peak is resident memory: the kernel's high-water mark, reset when a client starts. It also covers what the
 limit cannot see: blocks below ``MMAP_THRESHOLD_BYTES`` that reuse heap which an earlier client freed. A client
-whose peak is over its budget is left out, whichever of the two noticed.
+whose peak in training is over its budget is left out, whichever of the two noticed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Meter:
         """Read the baseline and impose the cap."""
         trim_heap()
         self._resident_before = resident_bytes()
-        self._limit = data_bytes() - free_heap_bytes() + self._budget
+        # heap that earlier clients left free is not a gift to this one
+        self._limit = data_bytes() - max(0, free_heap_bytes() - self._cap.free_heap_before) + self._budget
         self._cap.set_limit(self._limit)
         reset_high_water()
 
@@ -90,16 +91,25 @@ class Meter:
     def _take(self) -> None:
         self._peak = max(self._peak, high_water_bytes() - self._resident_before)
 
+    def read(self) -> int:
+        """The peak up to now."""
+        self._take()
+        return self.peak_bytes
+
     @property
     def peak_bytes(self) -> int:
         return max(0, self._peak)
 
 
 class MemoryCap(ABC):
-    """One mechanism."""
+    """One mechanism; made before the first client, when what is free in the heap belongs to the baseline."""
 
     name: str
     enforced: bool
+
+    def __init__(self) -> None:
+        trim_heap()
+        self.free_heap_before = free_heap_bytes()
 
     @abstractmethod
     def set_limit(self, bytes_: int | None) -> None:
@@ -143,6 +153,7 @@ class Rlimit(MemoryCap):
     name, enforced = "rlimit", True
 
     def __init__(self) -> None:
+        super().__init__()
         import resource  # not on every platform; only this mechanism needs it
 
         self._resource = resource
@@ -242,7 +253,12 @@ def data_bytes() -> int:
 
 def reset_high_water() -> None:
     """Let the high-water mark start again from the present."""
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise CapError(
+            "the peak of one client", f"/proc/self/clear_refs: {error}", "run where it can be written; some containers hide it"
+        ) from None
 
 
 def _status(key: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distfl.fleet import GIGA, MEGA, Client
 from distfl.jobs import Job
 from distfl.messages import Assignment
-from distfl.reporting import table
+from distfl.reporting import block_range, table
 
 
 def describe(job: Job) -> str:
@@ -68,7 +68,7 @@ def _groups(job: Job) -> str:
             [
                 group,
                 str(len(entries)),
-                "-".join(map(str, sorted({counts[0], counts[-1]}))),
+                block_range(counts),
                 f"{units[window.first].name}..head",
                 _mega(cost.peak.bytes),
                 _mega(budget.memory_bytes),

@@ -124,10 +124,11 @@ def _prepare_corpus(config: PretrainConfig, output: Path) -> dict:
         raise DataError(
             f"pretraining on {corpus.name}", "no validation or test split", "put a valid.parquet or test.parquet beside the training file"
         )
-    _check_or_write_identity(config, {"name": corpus.name, "checksum": corpus.checksum}, output / "unfinished" / IDENTITY)
     path = output / "tokenizer.json"
-    if not path.exists():
-        write_atomically(path, train_tokenizer(corpus.train.texts, config.architecture.vocabulary).to_str())
+    trained = None if path.exists() else train_tokenizer(corpus.train.texts, config.architecture.vocabulary).to_str()
+    _check_or_write_identity(config, {"name": corpus.name, "checksum": corpus.checksum}, output / "unfinished" / IDENTITY)
+    if trained is not None:
+        write_atomically(path, trained)
     index = build(
         [("corpus", corpus.train.texts, held_out.texts)],
         Tokenizer.from_file(str(path)),

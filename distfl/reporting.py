@@ -47,7 +47,8 @@ def summary(run: Run) -> str:
     if not run.evaluated:
         return f"{run.folder}: no round was evaluated yet"
     first, last = run.evaluated[0], run.evaluated[-1]
-    enforced = run.manifest["memory_enforced_by"]
+    enforced = run.manifest["starts"][-1]["memory_enforced_by"]
+    caps = "measured only, NOT enforced" if enforced == "report" else f"enforced by {enforced}"
     over = sum(report["cause"] == "over_cap" for report in run.clients)
     rows = [
         ["group", "clients", "blocks", "cap MB", "predicted MB", "peak MB", "upload MB", "GFLOP", "accuracy before", "after", "loss after"]
@@ -60,8 +61,8 @@ def summary(run: Run) -> str:
         rows.append(_group_row(group, members.get(group, set()), run, first, last))
     return "\n".join(
         [
-            f"{run.config.method.name}, depth {run.manifest['depth']} of family {run.manifest['family']}, {run.manifest['ranks']} ranks, "
-            f"caps {'measured only, NOT enforced' if enforced == 'report' else 'enforced by ' + enforced}",
+            f"{run.config.method.name}, depth {run.manifest['depth']} of family {Path(run.manifest['family']).name}, "
+            f"{run.manifest['starts'][-1]['ranks']} ranks, caps {caps}",
             f"round {first['round']}: loss {first['test_loss']:.4f}, accuracy {first['test_accuracy']:.4f}",
             f"round {last['round']}: loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.4f}",
             f"payload of all rounds: up {_total(run, 'upload_bytes')} MB, down {_total(run, 'download_bytes')} MB, "
@@ -86,15 +87,20 @@ def _group_row(group: str, members: set[int], run: Run, first: dict, last: dict)
     return [
         group,
         str(len(members)),
-        "-".join(map(str, {blocks[0], blocks[-1]})),
+        block_range(blocks),
         _mega(reports[0]["memory_bytes"]),
         _mega(max(r["predicted_peak_bytes"] for r in done)),
-        _mega(max(r["measured_peak_bytes"] for r in done)),
+        _mega(max(r["measured_peak_bytes"] for r in reports)),
         f"{max(r['upload_bytes'] for r in done) / MEGA:.3f}",
         f"{max(r['flops'] for r in done) / 1e9:.1f}",
         *(_fixed(score.get("accuracy")) for score in scores),
         _fixed(scores[1].get("loss")),
     ]
+
+
+def block_range(blocks: list[int]) -> str:
+    """The fewest and the most blocks, or the one number."""
+    return "-".join(map(str, sorted({min(blocks), max(blocks)})))
 
 
 def table(rows: list[list[str]]) -> str:

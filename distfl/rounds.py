@@ -8,7 +8,6 @@ Every collective stands once in ``serve`` and its helpers and once in ``work`` a
     distribute: changed units      ------->   distribute
     score: gather scores           <------>   score: both evaluate their share
     per wave: scatter assignments  ------->   host: train under the cap
-              gather statuses      <-------         did it train?
               gather blocks of
               unit 0, 1, ...       <-------         encoded tensors of its window
               gather reports       <-------         predicted beside measured
@@ -29,12 +28,13 @@ from distfl.aggregation import UnitMean
 from distfl.checkpoints import ServerState
 from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
-from distfl.errors import CapError
+from distfl.errors import DistflError, StartError
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, over_cap, rank_state, rehearse, report_of, try_to_frame, try_to_train
 from distfl.memory_cap import MemoryCap, Report, make_cap
 from distfl.messages import Assignment, ClientReport, RoundRecord, Score
-from distfl.model import ModelSpec, from_tensors
+from distfl.methods.base import build_model
+from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
 from distfl.training import evaluate
@@ -54,7 +54,7 @@ def introduce(job: Job, state: RankState) -> list[float]:
         CPU seconds that each rank has used from its process's start until it was ready, by rank.
 
     Raises:
-        CapError: a rank could not prove its cap; all ranks have been told that there will be no run.
+        StartError: a rank could not prove its cap or read its data; all ranks have been told that there will be no run.
     """
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
@@ -65,8 +65,8 @@ def introduce(job: Job, state: RankState) -> list[float]:
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
     transport.broadcast_value(not failed)
     if failed:
-        rank, (asked, found, change) = next(iter(failed.items()))
-        raise CapError(f"{asked} on every client rank (first failing: rank {rank} of {sorted(failed)})", found, change)
+        rank, (kind, asked, found, change) = next(iter(failed.items()))
+        raise StartError(f"{asked} (rank {rank}, the first of {sorted(failed)} that fail)", f"{kind}: {found}", change)
     return [round(message["cpu_seconds"], 3) for message in ready]
 
 
@@ -89,8 +89,15 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
             rehearse(state)
         for budget in message["budgets"]:
             cap.prove(budget)
-    except CapError as error:
-        failure = [error.asked, error.found, error.change]
+    except DistflError as error:
+        failure = [type(error).__name__, error.asked, error.found, error.change]
+    except OSError as error:  # the token shards, or /proc
+        failure = [
+            type(error).__name__,
+            "token shards and memory figures on every client rank",
+            str(error),
+            "set data.cache to a folder that all nodes see",
+        ]
     transport.gather({"cpu_seconds": time.process_time(), "failure": failure})
     return (state, cap) if transport.broadcast_value() else None
 
@@ -108,20 +115,18 @@ class RoundResult:
 
 
 def serve(job: Job, state: RankState, server: ServerState, record: Callable[[RoundResult], None], should_stop: Callable[[], bool]) -> bool:
-    """Server: run rounds until the last, or until ``should_stop``; calls ``record`` after each.
+    """Server: run rounds until the last, or until ``should_stop``; calls ``record`` after each. Round 0 trains nobody.
 
     Returns:
         True if the last round is done, False if stopped early.
     """
     optimizer = ServerOptimizer(job.config.server)
     optimizer.state = server.optimizer
-    if server.round == 0:
-        record(_serve_round_zero(job, state))
     for round in range(server.round + 1, job.config.rounds + 1):
         if should_stop():
             break
         state.transport.broadcast_value({"round": round})
-        result = _serve_round(job, state, server, optimizer, round)
+        result = _serve_round(job, state, server, optimizer, round) if round else _serve_round_zero(job, state)
         server.round = round
         record(result)
     finished = server.round == job.config.rounds
@@ -130,12 +135,11 @@ def serve(job: Job, state: RankState, server: ServerState, record: Callable[[Rou
 
 
 def _serve_round_zero(job: Job, state: RankState) -> RoundResult:
-    """The pretrained model, scored before any training; its distribution is counted here, apart from all rounds."""
+    """The pretrained model, scored before any training; what its distribution moved on this cluster stands here, apart from all rounds."""
     began = time.monotonic()
-    state.transport.broadcast_value({"round": 0})
     _distribute_from_server(state)
-    total, groups = _score_on_server(job, state)
-    record = RoundRecord(0, None, total.loss, total.accuracy, groups, 0, 0, 0, 0, 0, 0, None, {}, None, time.monotonic() - began)
+    score = _score_on_server(job, state)
+    record = _record(0, None, score, [], [], {}, {}, {}, time.monotonic() - began)
     return RoundResult(record, [], {"round": 0, "payload": {}, "mpi": state.transport.gather(state.transport.ledger.take())})
 
 
@@ -146,16 +150,14 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     planned = job.method.plan(round, chosen, workload, server.limits)
     active = [assignment for assignment in planned if assignment.window is not None]
     _distribute_from_server(state)
-    downloads = {assignment.client: _download_bytes(state, server, assignment) for assignment in active}
+    downloads = {assignment.client: _downloads(state, server, assignment) for assignment in active}
     means = {unit.index: UnitMean(unit) for unit in state.table}
     waves = waves_of(len(active), transport.size - 1)
     transport.broadcast_value(len(waves))
-    reports, uploads, weight = [], {}, 0.0
+    reports, uploads, weight = [], {}, sum(assignment.weight for assignment in planned)
     for number, wave in enumerate(waves):
-        hosted = [active[position] for position in wave]
-        last = number == len(waves) - 1
-        weight, wave_reports = _serve_wave(state, optimizer, hosted, means, uploads, weight, last)
-        reports += wave_reports
+        hosted, last = [active[position] for position in wave], number == len(waves) - 1
+        reports += _serve_wave(state, optimizer, hosted, means, uploads, weight if last else None)
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
@@ -185,33 +187,34 @@ def _serve_wave(
     hosted: list[Assignment],
     means: dict[int, UnitMean],
     uploads: dict[int, dict[str, int]],
-    weight: float,
-    last: bool,
-) -> tuple[float, list[ClientReport]]:
-    """One client per rank: hand out, gather, add up; in the last wave finish each unit as soon as it is complete."""
+    round_weight: float | None,
+) -> list[ClientReport]:
+    """One client per rank: hand out, gather, add up.
+
+    Args:
+        round_weight: of all participants, in the last wave: each unit is finished as soon as it is complete. None before.
+    """
     transport = state.transport
     idle = transport.size - 1 - len(hosted)
     transport.scatter([None, *(assignment.to_json() for assignment in hosted), *[None] * idle])
-    statuses = transport.gather(None)[1:]
-    weight += sum(assignment.weight for assignment, ok in zip(hosted, statuses) if ok)
     for unit in state.table:
         blocks = transport.gather_blocks(NOTHING)[1:]
         for assignment, block in zip(hosted, blocks):
             if len(block):
                 uploads.setdefault(assignment.client, {})[unit.name] = block.nbytes
                 pieces = unframe(state.codec, block, assignment.round, assignment.client, unit)
-                means[unit.index].add(state.method.restore(pieces))
-        if last and means[unit.index].contributors:
-            _finish(state, optimizer, means[unit.index], weight)
-    return weight, [ClientReport(**values) for values in transport.gather(None)[1 : 1 + len(hosted)]]
+                means[unit.index].add(state.method.restore(pieces, assignment))
+        if round_weight is not None and means[unit.index].contributors:
+            _finish(state, optimizer, means[unit.index], round_weight)
+    return [ClientReport(**values) for values in transport.gather(None)[1 : 1 + len(hosted)]]
 
 
-def _finish(state: RankState, optimizer: ServerOptimizer, mean: UnitMean, weight: float) -> None:
+def _finish(state: RankState, optimizer: ServerOptimizer, mean: UnitMean, round_weight: float) -> None:
     """Put one unit's new tensors in place."""
     for tensor in mean.unit.tensors:
         old = state.replica.tensors[tensor.name]
-        value, share = mean.mean(tensor.name, old, weight)
-        old.copy_(optimizer.step(tensor.name, old, state.method.finish(old, value, share)))
+        value, share = mean.mean(tensor.name, old, round_weight)
+        old.copy_(optimizer.step(tensor.name, old, state.method.finish(mean.unit, old, value, share)))
     mean.clear()
 
 
@@ -235,22 +238,37 @@ def _score_on_server(job: Job, state: RankState) -> tuple[Score, dict[str, dict[
     return total, {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in by_group.items()}
 
 
-def _download_bytes(state: RankState, server: ServerState, assignment: Assignment) -> dict[str, int]:
-    """Payload that this client is sent: units newer than its copy, and its assignment; its first whole model apart."""
-    copy = server.copies.get(assignment.client)
-    stale = [unit for unit in state.table if copy is None or copy[unit.index] != state.replica.versions[unit.index]]
-    units = sum(unit.bytes for unit in stale)
-    return {"first": units if copy is None else 0, "units": 0 if copy is None else units, "assignment": pack(assignment.to_json()).nbytes}
+def _downloads(state: RankState, server: ServerState, assignment: Assignment) -> dict[str, int]:
+    """Bytes that this client, were it deployed, is sent in this round: unit name -> bytes for units newer than its copy,
+    "assignment", or, if it never took part before, the whole model as "first"."""
+    copy, message = server.copies.get(assignment.client), {"assignment": pack(assignment.to_json()).nbytes}
+    if copy is None:
+        return message | {"first": state.table.bytes}
+    return message | {unit.name: unit.bytes for unit in state.table if copy[unit.index] != state.replica.versions[unit.index]}
 
 
 def _sits_out(assignment: Assignment) -> ClientReport:
-    cap, reason = assignment.memory_bytes, "no window fits its budget"
-    return ClientReport(assignment.round, assignment.client, False, "no_window", reason, 0, 0, None, cap, 0, 0, 0, 0, 0.0)
+    return ClientReport(
+        round=assignment.round,
+        client=assignment.client,
+        ok=False,
+        cause="no_window",
+        reason="no window fits its budget, or none that it did not overrun before",
+        blocks=0,
+        samples=0,
+        loss=None,
+        memory_bytes=assignment.memory_bytes,
+        predicted_peak_bytes=0,
+        measured_peak_bytes=0,
+        upload_bytes=0,
+        flops=0,
+        seconds=0.0,
+    )
 
 
 def _record(
     round: int,
-    rate: float,
+    rate: float | None,
     score: tuple,
     planned: list[Assignment],
     reports: list[ClientReport],
@@ -271,8 +289,8 @@ def _record(
         taking_part=len(planned),
         merged=sum(report.ok for report in reports),
         upload_bytes=sum(sum(units.values()) for units in uploads.values()),
-        download_bytes=sum(sent["units"] + sent["assignment"] for sent in downloads.values()),
-        first_download_bytes=sum(sent["first"] for sent in downloads.values()),
+        download_bytes=sum(bytes_ for sent in downloads.values() for name, bytes_ in sent.items() if name != "first"),
+        first_download_bytes=sum(sent.get("first", 0) for sent in downloads.values()),
         flops=sum(report.flops for report in reports),
         peak_share=max(shares, default=None),
         contributors=contributors,
@@ -313,7 +331,6 @@ def _work_round(state: RankState, cap: MemoryCap) -> None:
 
 def _idle(state: RankState) -> None:
     """A wave in which this rank hosts nobody."""
-    state.transport.gather(False)
     for _ in state.table:
         state.transport.gather_blocks(NOTHING)
     state.transport.gather(None)
@@ -324,10 +341,8 @@ def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
     transport, began, uploaded = state.transport, time.monotonic(), 0
     with cap.imposed(assignment.memory_bytes) as meter:
         tensors, trained, failure = try_to_train(state, assignment)
-        with meter.paused():
-            if failure is None and meter.peak_bytes > assignment.memory_bytes:
-                tensors, failure = None, over_cap(assignment, f"with a resident peak of {meter.peak_bytes}")
-            transport.gather(failure is None)
+        if failure is None and meter.read() > assignment.memory_bytes:
+            tensors, failure = None, over_cap(assignment, f"with a resident peak of {meter.peak_bytes}")
         seconds = time.monotonic() - began
         for unit in state.table:
             block, problem = try_to_frame(state, tensors, assignment, unit)
@@ -359,7 +374,7 @@ def _own_scores(state: RankState) -> list[tuple[int, list]]:
         load[rank] += state.shards.shards[client].test_tokens
         if rank == state.transport.rank:
             mine.append(client)
-    model = from_tensors(state.spec, state.replica.tensors)
+    model = build_model(state.method, state.spec, state.replica.tensors)
     scores = []
     for client in mine:
         score = evaluate(model, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch))

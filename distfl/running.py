@@ -16,16 +16,15 @@ from torch import Tensor
 from distfl import checkpoints, settings
 from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
-from distfl.errors import EXIT_REFUSED, EXIT_REQUEUE, CapError, DistflError
+from distfl.errors import EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
 from distfl.files import write_atomically
 from distfl.hosting import RankState, rank_state
-from distfl.launching import StopRequest
+from distfl.launching import StopRequest, threads_per_rank
 from distfl.memory_cap import exact_allocator, make_cap
 from distfl.messages import Score
 from distfl.model import ModelSpec, from_tensors
 from distfl.rounds import introduce, join, refuse, serve, work
 from distfl.transport.base import Transport
-from distfl.units import UnitTable
 
 if TYPE_CHECKING:
     from distfl.jobs import Job
@@ -36,12 +35,20 @@ def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
     """Server and one client rank as threads of this process."""
     from distfl.transport.local import group
 
-    server, client = group(2)
-    thread = threading.Thread(target=_run_client, args=(client,), name="client rank", daemon=True)
+    server, client = group(2, taking_turns=True)
+
+    def run_client() -> None:
+        try:
+            _run_client(client)
+        finally:
+            client.leave()
+
+    thread = threading.Thread(target=run_client, name="client rank", daemon=True)
     thread.start()
     try:
         return _run_server(server, "local", options, stop)
     finally:
+        server.leave()
         thread.join()
 
 
@@ -56,7 +63,7 @@ def run_rank(options: argparse.Namespace, stop: StopRequest) -> int:
 def _run_client(transport: Transport) -> int:
     """A client rank's life. Anything that escapes ends the whole job."""
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_per_rank())
         exact_allocator()
         joined = join(transport)
         if joined is None:
@@ -73,7 +80,7 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
     """The server rank's life: refuse what cannot work before any rank trains, then serve."""
     introduced = False
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_per_rank())
         exact_allocator()
         # imported here: a client rank runs this module too and must not pay for data and records
         from distfl.jobs import prepare
@@ -81,9 +88,13 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
 
         config = settings.load(TrainConfig, options.config, options.overrides)
         folder = RunFolder(config)
+        if config.transport.name not in ("auto", mpi if mpi == "local" else "mpi"):
+            raise ConfigError(f"transport.name = {config.transport.name}", "MPI started the ranks", "set transport.name=auto")
         folder.check(options.resume)
         cap = make_cap(config.memory.enforce)
         job = prepare(config)
+        if options.resume:
+            folder.check_same(job)
         state = rank_state(transport, config, job.spec, job.shards)
         server = _server_state(job, state, folder if options.resume else None)
         introduced = True
@@ -94,7 +105,7 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         if not introduced:
             refuse(transport)
-        elif not isinstance(error, CapError):  # the ranks are in the middle of something
+        elif not isinstance(error, StartError):  # the ranks are in the middle of something
             transport.abort(1)
         return EXIT_REFUSED
     except threading.BrokenBarrierError:  # local transport: the client has ended and said why
@@ -105,11 +116,11 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
 
 
 def _server_state(job: Job, state: RankState, resumed: RunFolder | None) -> ServerState:
-    """The pretrained model, or where the last checkpoint left off."""
-    if resumed is not None:
+    """Where the last checkpoint left off; the pretrained model for a new run, or one that ended before its first checkpoint."""
+    if resumed is not None and checkpoints.exist(resumed.checkpoints):
         return checkpoints.load(resumed.checkpoints, state.replica)
-    state.replica.fill(job.family.tensors(job.selection.depth))
-    return ServerState(0, state.replica)
+    state.replica.fill(job.method.initial(job.family.tensors(job.selection.depth), job.config.seed))
+    return ServerState(-1, state.replica)
 
 
 def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: RunFolder, stop: StopRequest) -> int:
@@ -117,35 +128,45 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: R
     from distfl import reporting
     from distfl.recording import Recorder
 
-    recorder = Recorder(folder, server)
+    recorder = Recorder(folder, server, job.clients)
     finished = serve(job, state, server, recorder, stop)
     recorder.close()
     if not finished:
+        if server.round >= 0:
+            folder.save(server)  # it may not have been due
         print(f"distfl: stopped after round {server.round} on request; continue with --resume", flush=True)
         return EXIT_REQUEUE
     run = reporting.read_run(folder.path)
     text = reporting.summary(run)
     write_atomically(folder.path / "summary.txt", text + "\n")
-    print(f"\n{text}\n\npicture: {reporting.picture(run)}", flush=True)
     folder.finish()
+    print(f"\n{text}\n", flush=True)
+    try:
+        print(f"picture: {reporting.picture(run)}", flush=True)
+    except Exception as error:  # the run is done and its model is safe, whatever ails the drawing
+        print(f"distfl: no picture: {type(error).__name__}: {error}; try `distfl report {folder.path}`", file=sys.stderr, flush=True)
     return 0
 
 
-def run_pretraining(config: PretrainConfig, resume: bool, launched: bool) -> int:
-    """Pretrain a family in this process, or on all ranks the launcher started."""
+def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
+    """Pretrain a family in this process, or on all ranks the launcher started; rank 0 reads the config."""
     from distfl.pretrain import pretrain
 
     if launched:
         from distfl.transport.mpi import world
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_per_rank())
         transport: Transport = world(smallest=1)
     else:
         from distfl.transport.local import group
 
         transport = group(1)[0]
     try:
-        family = pretrain(config, transport, resume)
+        values = None
+        if transport.rank == 0:
+            values = settings.to_dict(settings.load(PretrainConfig, options.config, options.overrides))
+        config = settings.from_dict(PretrainConfig, transport.broadcast_value(values))
+        family = pretrain(config, transport, options.resume)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         transport.abort(EXIT_REFUSED)
@@ -164,6 +185,7 @@ def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Ten
         DistflError: neither a run nor a family, or the depth is missing.
     """
     from distfl.family import open_family
+    from distfl.methods.base import load_method, table_of
     from distfl.replica import Replica
 
     folder = Path(source)
@@ -171,7 +193,9 @@ def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Ten
         manifest = json.loads((folder / "manifest.json").read_text())
         family = open_family(manifest["family"])
         spec = family.spec(manifest["depth"])
-        server = checkpoints.load(folder / "checkpoints", Replica(UnitTable(spec)))
+        config = settings.load(TrainConfig, folder / "config.yaml")
+        method = load_method(config.method.name, config.method.options)
+        server = checkpoints.load(folder / "checkpoints", Replica(table_of(method, spec)))
         return spec, server.replica.tensors, family.folder / "tokenizer.json"
     family = open_family(source)
     depth = depth or family.depths[-1]
@@ -187,7 +211,9 @@ def score_run(folder: Path) -> dict:
 
     run = read_run(folder)
     spec, tensors, _ = load_model(str(folder), None)
-    shards = tokenised(run.config, open_family(run.config.model.family))
+    shards = tokenised(run.config, open_family(run.manifest["family"]))
+    if shards.checksum != run.manifest["tokens_checksum"]:
+        raise DataError(f"evaluation of {folder}", "the data differs from that of the run", "restore the data the run was made with")
     model, total, groups = from_tensors(spec, tensors), Score(0.0, 0, 0), {}
     for client, group in enumerate(run.manifest["groups"].values()):
         score = evaluate(model, shards.test(client, spec.context).in_order(run.config.evaluation.batch))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKEN = np.dtype("<u2")
+EDITION = 1  # part of the cache's key: raise it when tokenising or partitioning changes
 END_OF_TEXT = "<|endoftext|>"  # stands after every text
 
 
@@ -106,7 +107,8 @@ def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenize
     Raises:
         DataError: the vocabulary does not fit the token type, or a client has fewer than two training tokens.
     """
-    folder = cache / f"shards-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    name = hashlib.sha256(f"{EDITION}/{key}".encode()).hexdigest()[:16]
+    folder = cache / f"shards-{name}"
     if (index := _reusable(folder)) is not None:
         return index
     if tokenizer.get_vocab_size() > np.iinfo(TOKEN).max + 1:

@@ -46,9 +46,9 @@ def merge(method, old: dict, updates: list[tuple[Assignment, dict]]) -> dict:
     for unit in TABLE:
         mean = UnitMean(unit)
         for assignment, tensors in updates:
-            mean.add(method.restore(method.collect(tensors, assignment, unit)))
+            mean.add(method.restore(method.collect(tensors, assignment, unit), assignment))
         for tensor in unit.tensors if mean.contributors else ():
-            new[tensor.name] = method.finish(old[tensor.name], *mean.mean(tensor.name, old[tensor.name], total))
+            new[tensor.name] = method.finish(unit, old[tensor.name], *mean.mean(tensor.name, old[tensor.name], total))
     return new
 
 

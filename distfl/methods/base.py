@@ -63,6 +63,10 @@ class Method(ABC):
     def prepare(self, model: TinyTransformer) -> None:  # noqa: B027 - most methods insert nothing
         """Insert adapters and the like."""
 
+    def initial(self, pretrained: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """Server: first values of all shared tensors; a method that inserts tensors adds theirs. Default: the pretrained ones."""
+        return pretrained
+
     def shared(self, model: TinyTransformer) -> dict[str, Tensor]:
         """The tensors that the server owns, in the model's order."""
         return model.named_tensors()
@@ -103,11 +107,11 @@ class Method(ABC):
         return [Piece(unit.index, tensor.name, None, tensors[tensor.name], assignment.weight) for tensor in unit.tensors]
 
     # --- server, end of a round
-    def restore(self, pieces: list[Piece]) -> list[Piece]:
+    def restore(self, pieces: list[Piece], assignment: Assignment) -> list[Piece]:
         """Bring pieces into the space where means are taken; default: unchanged."""
         return pieces
 
-    def finish(self, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
+    def finish(self, unit: Unit, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
         """The new shared tensor.
 
         Args:
@@ -116,6 +120,14 @@ class Method(ABC):
             share: part of the round's weight behind each element, 0 to 1; a scalar tensor where it is the same for all.
         """
         return mean
+
+
+def build_model(method: Method, spec: ModelSpec, tensors: dict[str, Tensor]) -> TinyTransformer:
+    """The method's model whose parameters *are* the given tensors (not copies)."""
+    model = skeleton(spec)
+    method.prepare(model)
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def load_method(name: str, options: dict[str, Any]) -> Method:

@@ -22,6 +22,7 @@ from distfl.fleet import Client
 from distfl.messages import Assignment
 from distfl.methods.base import Method, Workload
 from distfl.planner import Selection, select, widest
+from distfl.units import Unit
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Caff(Method):
     def _cost_of_suffix(self, workload: Workload, client: Client, blocks: int) -> Cost:
         return self.cost(client, workload.costs.table.suffix(blocks), workload)
 
-    def finish(self, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
+    def finish(self, unit: Unit, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
         if self.options.averaging == "contributors":
             return mean
         return torch.lerp(old, mean, share)  # exact where mean equals old

@@ -1,7 +1,7 @@
 """Local transport: ranks are threads of one process that meet at a barrier. The oracle of the tests.
 
-Only one rank at a time does work in a federated round's training part (there is one client rank),
-so results, caps and peaks mean the same as with processes.
+With ``taking_turns`` only one rank at a time runs between collectives, so that what one allocates is
+not counted against the cap of another.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from distfl.transport.base import Ledger, Transport, pack, unpack
 class _Meeting:
     """What the ranks share: a barrier and one slot for each."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, taking_turns: bool):
         self.barrier = threading.Barrier(size)
         self.slots: list[Any] = [None] * size
+        self.turn = threading.Lock() if taking_turns else None
 
 
 class LocalTransport(Transport):
@@ -27,14 +28,25 @@ class LocalTransport(Transport):
 
     def __init__(self, rank: int, size: int, meeting: _Meeting):
         self.rank, self.size, self.ledger, self._meeting = rank, size, Ledger(), meeting
+        self._has_turn = False
 
     def _exchange(self, mine: Any) -> list[Any]:
         """Everybody's contribution; returns once all ranks have read it."""
         self._meeting.slots[self.rank] = mine
+        self.leave()
         self._meeting.barrier.wait()
         everybody = list(self._meeting.slots)
         self._meeting.barrier.wait()
+        if self._meeting.turn is not None:
+            self._meeting.turn.acquire()
+            self._has_turn = True
         return everybody
+
+    def leave(self) -> None:
+        """Let another rank run: at the next collective, and when this rank's life ends."""
+        if self._has_turn:
+            self._has_turn = False
+            self._meeting.turn.release()
 
     def broadcast(self, array: np.ndarray) -> None:
         array[...] = self._exchange(array.copy() if self.rank == 0 else None)[0]
@@ -73,10 +85,11 @@ class LocalTransport(Transport):
 
     def abort(self, code: int) -> NoReturn:
         self._meeting.barrier.abort()
+        self.leave()
         raise SystemExit(code)
 
 
-def group(size: int) -> list[LocalTransport]:
-    """Endpoints of ``size`` ranks, to be used from one thread each."""
-    meeting = _Meeting(size)
+def group(size: int, taking_turns: bool = False) -> list[LocalTransport]:
+    """Endpoints of ``size`` ranks, to be used from one thread each, which calls ``leave`` at its end if they take turns."""
+    meeting = _Meeting(size, taking_turns)
     return [LocalTransport(rank, size, meeting) for rank in range(size)]

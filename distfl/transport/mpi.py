@@ -39,7 +39,7 @@ class MpiTransport(Transport):
 
     def broadcast(self, array: np.ndarray) -> None:
         self._wait(self.comm.Ibcast(_typed(array), root=0))
-        self._count("broadcast", array.nbytes if self.rank == 0 else 0, array.nbytes if self.rank else 0)
+        self.ledger.add("broadcast", array.nbytes if self.rank == 0 else 0, array.nbytes if self.rank else 0)
 
     def broadcast_value(self, value: Any = None) -> Any:
         words = pack(value) if self.rank == 0 else None
@@ -48,7 +48,7 @@ class MpiTransport(Transport):
         buffer = words.copy() if words is not None else np.empty(length[0], WORD)
         self._wait(self.comm.Ibcast(_typed(buffer), root=0))
         moved = length.nbytes + buffer.nbytes
-        self._count("broadcast_value", moved if self.rank == 0 else 0, moved if self.rank else 0)
+        self.ledger.add("broadcast_value", moved if self.rank == 0 else 0, moved if self.rank else 0)
         return unpack(buffer)
 
     def scatter(self, values: list[Any] | None = None) -> Any:
@@ -61,7 +61,7 @@ class MpiTransport(Transport):
         send = [np.concatenate(blocks), counts, _starts(counts), MPI.UINT32_T] if self.rank == 0 else None
         self._wait(self.comm.Iscatterv(send, _typed(buffer), root=0))
         others = int(counts.sum() - mine[0]) * WORD.itemsize + (self.size - 1) * mine.nbytes if self.rank == 0 else 0
-        self._count("scatter", others, mine.nbytes + buffer.nbytes if self.rank else 0)
+        self.ledger.add("scatter", others, mine.nbytes + buffer.nbytes if self.rank else 0)
         return unpack(buffer)
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -77,25 +77,22 @@ class MpiTransport(Transport):
         self._wait(self.comm.Igather(mine, counts, root=0))
         if self.rank != 0:
             self._wait(self.comm.Igatherv(_typed(np.ascontiguousarray(block)), None, root=0))
-            self._count(verb, mine.nbytes + block.nbytes, 0)
+            self.ledger.add(verb, mine.nbytes + block.nbytes, 0)
             return None
         buffer = np.empty(int(counts.sum()), WORD)
         self._wait(self.comm.Igatherv(_typed(block), [buffer, counts, _starts(counts), MPI.UINT32_T], root=0))
-        self._count(verb, 0, buffer.nbytes - block.nbytes + counts.nbytes - mine.nbytes)
+        self.ledger.add(verb, 0, buffer.nbytes - block.nbytes + counts.nbytes - mine.nbytes)
         return np.split(buffer, np.cumsum(counts)[:-1])
 
     def sum(self, array: np.ndarray) -> None:
         self._wait(self.comm.Iallreduce(MPI.IN_PLACE, _typed(array), op=MPI.SUM))
-        self._count("sum", array.nbytes, array.nbytes)
+        self.ledger.add("sum", array.nbytes, array.nbytes)
 
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         self.comm.Abort(code)
         raise SystemExit(code)
-
-    def _count(self, verb: str, sent: int, received: int) -> None:
-        self.ledger.add(verb, sent, received)
 
     @staticmethod
     def _wait(request: MPI.Request) -> None:

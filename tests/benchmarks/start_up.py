@@ -32,7 +32,7 @@ def client_seconds(config: str, overrides: list[str]) -> float:
         run = Path(folder) / "run"
         arguments = ["train", config, f"run.folder={run}", "rounds=1", *overrides]
         subprocess.run(mpirun_command(RANKS, arguments), capture_output=True, check=True)
-        return statistics.mean(json.loads((run / "manifest.json").read_text())["start_up_cpu_seconds_by_rank"][1:])
+        return statistics.mean(json.loads((run / "manifest.json").read_text())["starts"][-1]["start_up_cpu_seconds_by_rank"][1:])
 
 
 def main(pairs: int = 5, config: str = "configs/smoke.yaml", overrides: list[str] = ()) -> None:

@@ -1,0 +1,95 @@
+"""The commands around a run: plan, report, evaluate, export; and a run that is continued in unusual ways."""
+
+import json
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_plan_names_depth_windows_and_slack_and_trains_nothing(distfl, config, tmp_path):
+    done = distfl("plan", config, "model.depths=[2, 4]")
+    assert done.returncode == 0, done.stderr
+    assert "<- chosen" in done.stdout and "slack MB" in done.stdout and "fullest moment" in done.stdout
+    weak = next(line.split() for line in done.stdout.splitlines() if line.startswith("weak"))
+    assert weak[2] == "1" and float(weak[6]) == pytest.approx(float(weak[5]) - float(weak[4]), abs=0.011)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_be_reported_scored_and_exported(distfl, config, tmp_path):
+    run = tmp_path / "run"
+    done = distfl("train", config)
+    assert done.returncode == 0, done.stderr
+    table = (run / "summary.txt").read_text()
+    assert table in done.stdout
+    (run / "summary.png").unlink()
+    again = distfl("report", run)
+    assert again.returncode == 0 and table.strip() in again.stdout and (run / "summary.png").stat().st_size > 10_000
+    last = lines(run / "rounds.jsonl")[-1]
+    score = json.loads(distfl("evaluate", run).stdout)
+    assert (score["loss"], score["accuracy"]) == (pytest.approx(last["test_loss"], rel=1e-9), last["test_accuracy"])
+    assert score["groups"].keys() == {"weak", "strong"}
+    assert distfl("export", run, tmp_path / "hf").returncode == 0
+    script = "import sys; from transformers import AutoModelForCausalLM as M; print(M.from_pretrained(sys.argv[1]).config.n_layer)"
+    assert distfl(tmp_path / "hf", program=[sys.executable, "-c", script]).stdout.strip() == "4"
+
+
+def test_traffic_is_counted_per_client_and_unit_and_first_models_stand_apart(distfl, config, tmp_path):
+    assert distfl("train", config, "fleet.participants=6", "rounds=3", ranks=3).returncode == 0
+    traffic, rounds, reports = (lines(tmp_path / "run" / name) for name in ("traffic.jsonl", "rounds.jsonl", "clients.jsonl"))
+    met: set[str] = set()
+    for entry, record in zip(traffic[1:], rounds[1:]):
+        up = {client: sum(units.values()) for client, units in entry["payload"]["up"].items()}
+        assert up == {str(r["client"]): r["upload_bytes"] for r in reports if r["round"] == record["round"]}
+        assert sum(up.values()) == record["upload_bytes"]
+        for client, sent in entry["payload"]["down"].items():
+            assert ("first" in sent) == (client not in met)
+            met.add(client)
+        server, *workers = entry["mpi"]
+        assert server["received"]["gather_blocks"] == sum(worker["sent"]["gather_blocks"] for worker in workers)
+        counts = 8 * len(workers) * 6 * 3  # a length of 8 bytes per rank, unit and wave: 6 units, 6 clients on 2 ranks
+        assert server["received"]["gather_blocks"] == record["upload_bytes"] + counts
+
+
+def test_resume_refuses_other_data_and_goes_on_where_nothing_was_saved_yet(distfl, config, tmp_path, corpus):
+    run = tmp_path / "run"
+    process = distfl.start("train", config, "rounds=16", "run.checkpoint_every=7")
+    distfl.wait_for_round(run, 0, process)
+    process.send_signal(10)  # SIGUSR1: saves although round 7 is not reached
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    last = max(record["round"] for record in lines(run / "rounds.jsonl"))
+    assert (run / "checkpoints" / f"round-{last:05d}").is_dir()
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("the", "THE"))
+    original, moved = config.read_text(), config.read_text().replace(str(corpus), str(other))
+    config.write_text(moved)
+    saved = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(saved.replace(str(corpus), str(other)))  # the same path, other content behind it
+    refused = distfl("train", config, "rounds=16", "run.checkpoint_every=7", "--resume")
+    assert refused.returncode == 2 and "tokens_checksum" in refused.stderr
+    config.write_text(original)
+    (run / "config.yaml").write_text(saved)
+    for checkpoint in (run / "checkpoints").iterdir():  # as if killed in round 0
+        checkpoint.rename(checkpoint.with_name("set-aside-" + checkpoint.name))
+    done = distfl("train", config, "rounds=16", "run.checkpoint_every=7", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [record["round"] for record in lines(run / "rounds.jsonl")] == list(range(17))
+    assert len(json.loads((run / "manifest.json").read_text())["starts"]) == 2
+
+
+def test_help_names_every_command(distfl):
+    text = distfl("--help").stdout
+    for command in ("train", "plan", "pretrain", "evaluate", "export", "import", "report", "doctor"):
+        assert f"    {command} " in text or f"    {command}\n" in text
+
+
+def test_doctor_finds_all_that_a_run_needs(distfl):
+    done = distfl("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILS" not in done.stdout and "memory cap" in done.stdout

@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from distfl.errors import TransportError
 
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+BAR = "DISTFL_PROGRESS_BAR"
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 
 
@@ -45,6 +47,16 @@ def threads_per_rank() -> int:
     return int(os.environ.get("DISTFL_THREADS", "1"))
 
 
+def progress_stream() -> TextIO | None:
+    """Where a progress bar belongs: a terminal that somebody looks at, or None.
+
+    mpirun gives its ranks a terminal for standard output wherever it writes to itself, so they must be told.
+    """
+    if launched_size() is None:
+        return sys.stderr if sys.stderr.isatty() else None
+    return sys.stdout if os.environ.get(BAR) == "1" else None
+
+
 def mpirun_path() -> str:
     """The mpirun to use: beside this Python (the PyPI wheel) or on PATH (raises TransportError)."""
     beside = Path(sys.executable).with_name("mpirun")
@@ -65,6 +77,8 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
         flags += ["--map-by", ":OVERSUBSCRIBE"]
     for variable in ONE_THREAD:
         flags += ["-x", f"{variable}={threads_per_rank()}"]
+    if sys.stdout.isatty():
+        flags += ["-x", f"{BAR}=1"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
     flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))

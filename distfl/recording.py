@@ -22,6 +22,7 @@ from distfl.errors import CheckpointError
 from distfl.files import sha256, write_atomically, write_json
 from distfl.fleet import MEGA, Client
 from distfl.jobs import Job
+from distfl.launching import progress_stream
 from distfl.messages import ClientReport, RoundRecord
 from distfl.rounds import RoundResult
 
@@ -150,8 +151,7 @@ class Progress:
     def __init__(self, rounds: int, first: int, clients: list[Client]):
         from tqdm import tqdm  # only the server rank shows anything
 
-        # mpirun gives its ranks a terminal for standard output only
-        self._stream = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
+        self._stream = progress_stream()
         self._bar = None
         if self._stream is not None:
             self._bar = tqdm(total=rounds, initial=max(first, 0), unit="round", desc="training", dynamic_ncols=True, file=self._stream)

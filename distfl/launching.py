@@ -17,7 +17,7 @@ from typing import TextIO
 from distfl.errors import TransportError
 
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-BAR = "DISTFL_PROGRESS_BAR"
+BAR = "DISTFL_PROGRESS_BAR_COLUMNS"
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 
 
@@ -47,14 +47,14 @@ def threads_per_rank() -> int:
     return int(os.environ.get("DISTFL_THREADS", "1"))
 
 
-def progress_stream() -> TextIO | None:
-    """Where a progress bar belongs: a terminal that somebody looks at, or None.
+def progress_bar() -> tuple[TextIO, int] | None:
+    """Stream and columns for a progress bar where somebody looks at a terminal, or None.
 
-    mpirun gives its ranks a terminal for standard output wherever it writes to itself, so they must be told.
+    mpirun gives its ranks a terminal without width for standard output, whatever it writes to itself: they must be told.
     """
     if launched_size() is None:
-        return sys.stderr if sys.stderr.isatty() else None
-    return sys.stdout if os.environ.get(BAR) == "1" else None
+        return (sys.stderr, shutil.get_terminal_size().columns) if sys.stderr.isatty() else None
+    return (sys.stdout, int(os.environ[BAR])) if BAR in os.environ else None
 
 
 def mpirun_path() -> str:
@@ -78,7 +78,7 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
     for variable in ONE_THREAD:
         flags += ["-x", f"{variable}={threads_per_rank()}"]
     if sys.stdout.isatty():
-        flags += ["-x", f"{BAR}=1"]
+        flags += ["-x", f"{BAR}={shutil.get_terminal_size().columns}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
     flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))

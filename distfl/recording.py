@@ -22,7 +22,7 @@ from distfl.errors import CheckpointError
 from distfl.files import sha256, write_atomically, write_json
 from distfl.fleet import MEGA, Client
 from distfl.jobs import Job
-from distfl.launching import progress_stream
+from distfl.launching import progress_bar
 from distfl.messages import ClientReport, RoundRecord
 from distfl.rounds import RoundResult
 
@@ -151,10 +151,10 @@ class Progress:
     def __init__(self, rounds: int, first: int, clients: list[Client]):
         from tqdm import tqdm  # only the server rank shows anything
 
-        self._stream = progress_stream()
         self._bar = None
-        if self._stream is not None:
-            self._bar = tqdm(total=rounds, initial=max(first, 0), unit="round", desc="training", dynamic_ncols=True, file=self._stream)
+        if (place := progress_bar()) is not None:
+            self._stream, columns = place
+            self._bar = tqdm(total=rounds, initial=max(first, 0), unit="round", desc="training", ncols=columns, nrows=2, file=self._stream)
         self._rounds, self._clients = rounds, clients
 
     def show(self, record: RoundRecord, reports: list[ClientReport]) -> None:

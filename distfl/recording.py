@@ -158,7 +158,12 @@ class Progress:
         self._rounds, self._clients = rounds, clients
 
     def show(self, record: RoundRecord, reports: list[ClientReport]) -> None:
-        figures = f"test loss {_number(record.test_loss)}, accuracy {_number(record.test_accuracy)}"
+        scored = record.test_loss is not None
+        figures = (
+            f"test loss {record.test_loss:.4f}, accuracy {record.test_accuracy:.4f}"
+            if scored
+            else f"train loss {_number(record.train_loss)}"
+        )
         if record.round:
             figures += f", up {record.upload_bytes / MEGA:.2f} MB, down {record.download_bytes / MEGA:.2f} MB"
             figures += f", peak/cap {_number(record.peak_share)}, merged {record.merged}/{record.taking_part}"

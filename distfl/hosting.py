@@ -12,7 +12,7 @@ from distfl.codecs.base import Codec, frame, load_codec
 from distfl.config import TrainConfig
 from distfl.costs import Costs
 from distfl.errors import NotFinite
-from distfl.memory_cap import Meter, collect_garbage, is_allocation_failure
+from distfl.memory_cap import Meter, collect_garbage, is_allocation_failure, refused_allocation
 from distfl.messages import Assignment, ClientReport, Failure
 from distfl.methods.base import Method, build_model, costs_of, load_method
 from distfl.model import ModelSpec
@@ -56,7 +56,7 @@ def try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, to
         return tensors, trained, None
     except Exception as error:
         if is_allocation_failure(error):
-            failure = over_cap(assignment, f"in training: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            failure = over_cap(assignment, f"in training: {refused_allocation(error)}")
         elif isinstance(error, NotFinite):
             failure = Failure("not_finite", error.found)
         else:

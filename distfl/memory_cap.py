@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -51,6 +52,12 @@ def is_allocation_failure(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM  # a memory-mapped shard
     refused = isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILURES)
     return refused or isinstance(error, MemoryError)
+
+
+def refused_allocation(error: BaseException) -> str:
+    """What an allocation failure asked for, in a few words."""
+    size = re.search(r"allocate (\d+) bytes", str(error))
+    return f"{size[1]} bytes more were refused" if size else f"{type(error).__name__}: {str(error)[:100]}"
 
 
 class Meter:

@@ -129,9 +129,12 @@ def serve(job: Job, state: RankState, server: ServerState, record: Callable[[Rou
         result = _serve_round(job, state, server, optimizer, round) if round else _serve_round_zero(job, state)
         server.round = round
         record(result)
-    finished = server.round == job.config.rounds
-    state.transport.broadcast_value({"round": None, "finished": finished})
-    return finished
+    return server.round == job.config.rounds
+
+
+def dismiss(transport: Transport, finished: bool) -> None:
+    """Server: let the client ranks end, once all that matters is on disk: mpirun may kill what still runs after a rank's end."""
+    transport.broadcast_value({"round": None, "finished": finished})
 
 
 def _serve_round_zero(job: Job, state: RankState) -> RoundResult:

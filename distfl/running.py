@@ -23,7 +23,7 @@ from distfl.launching import StopRequest, threads_per_rank
 from distfl.memory_cap import exact_allocator, make_cap
 from distfl.messages import Score
 from distfl.model import ModelSpec, from_tensors
-from distfl.rounds import introduce, join, refuse, serve, work
+from distfl.rounds import dismiss, introduce, join, refuse, serve, work
 from distfl.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -134,12 +134,14 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: R
     if not finished:
         if server.round >= 0:
             folder.save(server)  # it may not have been due
+        dismiss(state.transport, finished)
         print(f"distfl: stopped after round {server.round} on request; continue with --resume", flush=True)
         return EXIT_REQUEUE
     run = reporting.read_run(folder.path)
     text = reporting.summary(run)
     write_atomically(folder.path / "summary.txt", text + "\n")
     folder.finish()
+    dismiss(state.transport, finished)
     print(f"\n{text}\n", flush=True)
     try:
         print(f"picture: {reporting.picture(run)}", flush=True)

@@ -1,5 +1,21 @@
 """``python -m distfl`` is the ``distfl`` command."""
 
-from distfl.cli import main
+import sys
 
-raise SystemExit(main())
+from distfl.signals import StopRequest
+
+
+def main() -> int:
+    """The command with its signals handled from the first moment; returns the exit code."""
+    stop = StopRequest() if sys.argv[1:2] == ["train"] else None  # before everything that takes time to import
+    try:
+        from distfl import cli
+
+        return cli.main(stop=stop)
+    except KeyboardInterrupt:  # nothing has begun that could be continued, or it has said so itself
+        print("distfl: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -14,6 +14,7 @@ from torch import Tensor
 from distfl.errors import CheckpointError
 from distfl.files import sha256, write_json
 from distfl.replica import NEVER, Replica
+from distfl.run_folder import checkpoint_folders
 
 
 @dataclass
@@ -40,38 +41,53 @@ class ServerState:
 
 
 def save(state: ServerState, folder: Path, keep: int) -> None:
-    """Write ``folder/round-NNNNN`` and delete all but the newest ``keep``."""
-    from safetensors.torch import save_file  # only the server rank writes
+    """Write ``folder/round-NNNNN`` and delete all but the newest ``keep``.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"round-{state.round:05d}"
-    temporary = folder / f".{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    Raises:
+        CheckpointError: it could not be written, for instance on a full disk; earlier ones are as they were.
+    """
+    temporary = folder / f".round-{state.round:05d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(state, temporary)
+        whole = folder / temporary.name[1:]
+        shutil.rmtree(whole, ignore_errors=True)
+        os.rename(temporary, whole)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # it fills the disk
+        raise CheckpointError(
+            f"a checkpoint of round {state.round} in {folder}",
+            f"{type(error).__name__}: {error}",
+            "make room or mend the folder, then continue with --resume from the checkpoint before",
+        ) from None
+    for old in checkpoint_folders(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(state: ServerState, folder: Path) -> None:
+    from safetensors import SafetensorError  # only the server rank writes
+    from safetensors.torch import save_file
+
     files = {"model.safetensors": {n: t.clone() for n, t in state.replica.tensors.items()}, "optimizer.safetensors": state.optimizer}
     for file, tensors in files.items():
-        save_file(tensors, temporary / file)
-        _sync(temporary / file)
+        try:
+            save_file(tensors, folder / file)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None  # what it is: the library's own type says no more
+        _sync(folder / file)
     values = {
         "round": state.round,
         "versions": state.replica.versions,
         "limits": state.limits,
         "copies": state.copies,
-        "checksums": {file: sha256(temporary / file) for file in files},
+        "checksums": {file: sha256(folder / file) for file in files},
     }
     text = json.dumps(values)
-    write_json(temporary / "state.json", {"state": text, "checksum": hashlib.sha256(text.encode()).hexdigest()})
-    _sync(temporary)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    os.rename(temporary, folder / name)
+    write_json(folder / "state.json", {"state": text, "checksum": hashlib.sha256(text.encode()).hexdigest()})
     _sync(folder)
-    for old in _in_order(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def exist(folder: Path) -> bool:
-    """Whether there is any checkpoint, whole or damaged."""
-    return bool(_in_order(folder))
 
 
 def load(folder: Path, replica: Replica) -> ServerState:
@@ -82,9 +98,13 @@ def load(folder: Path, replica: Replica) -> ServerState:
     """
     from safetensors.torch import load_file  # see save
 
-    found = _in_order(folder)
+    found = checkpoint_folders(folder)
     if not found:
-        raise CheckpointError(f"--resume from {folder}", "no checkpoint lies there", "start without --resume, or name the right run.folder")
+        raise CheckpointError(
+            f"the newest model in {folder}",
+            "no checkpoint lies there: the run has not ended a round yet",
+            "let it go on (distfl train ... --resume), or name another run folder",
+        )
     newest = found[-1]
     try:
         signed = json.loads((newest / "state.json").read_text())
@@ -110,11 +130,6 @@ def load(folder: Path, replica: Replica) -> ServerState:
             f"damaged: {type(error).__name__}: {error}; older ones: {older}",
             f"delete {newest} to continue from an older one, or start anew in another run.folder",
         ) from None
-
-
-def _in_order(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted((path for path in folder.glob("round-*") if path.name[6:].isdigit()), key=lambda path: int(path.name[6:]))
 
 
 def _sync(path: Path) -> None:

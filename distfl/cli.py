@@ -8,23 +8,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from distfl import launching, settings
 from distfl.config import PretrainConfig, TrainConfig
-from distfl.errors import EXIT_REFUSED, ConfigError, DistflError, TransportError
+from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
+from distfl.run_folder import RunFolder
+from distfl.signals import StopRequest
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(arguments: list[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        stop: the request to stop, if its signal is handled already.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
+    options, rank = _parse(arguments), launching.launched_rank() or 0
+    options.stop = stop
+    if rank and not options.takes_ranks:  # one rank does it, and says it once
+        return 0
     try:
-        return options.run(options, arguments)
+        code = options.run(options, arguments)
+        sys.stdout.flush()
+        return code
     except DistflError as error:
-        print(f"distfl: {error}", file=sys.stderr, flush=True)
+        if rank == 0:  # what is refused here is refused alike on all ranks
+            print(f"distfl: {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
+    except BrokenPipeError:  # the reader, `head` for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -44,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run, text: str, config: bool = False, ranks: bool = False) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, takes_ranks=ranks)
         if config:
             added.add_argument("config", help="YAML file, see configs/")
             added.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
@@ -73,31 +89,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    stop = options.stop or StopRequest()  # before the slow imports: from here on the signal does not end the process
     size = launching.launched_size()
-    if size is None:
-        config = settings.load(TrainConfig, options.config, options.overrides)
-        if options.ranks is not None:
-            _check_ranks(config, options.ranks)
-            return launching.run_ranks(options.ranks, arguments)
-        if config.transport.name == "mpi":
-            raise ConfigError(
-                "transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N"
-            )
-    stop = launching.StopRequest()  # before the slow imports: from here on the signal does not end the process
-    from distfl.running import run_locally, run_rank
+    launching.threads_per_rank()  # refused here if it is no number
+    if size is not None:
+        _check_not_launched(options, size)
+        from distfl.running import run_rank
 
-    return run_locally(options, stop) if size is None else run_rank(options, stop)
+        return run_rank(options, stop)
+    config = settings.load(TrainConfig, options.config, options.overrides)
+    if options.ranks is not None:
+        return _train_on_ranks(config, options, arguments, stop)
+    if config.transport.name == "mpi":
+        raise ConfigError(
+            "transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N"
+        )
+    from distfl.running import run_locally
+
+    return run_locally(options, stop)
 
 
-def _check_ranks(config: TrainConfig, ranks: int) -> None:
-    if ranks < 2:
+def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments: list[str], stop: StopRequest) -> int:
+    if options.ranks < 2:
         raise TransportError(
-            f"--ranks {ranks}",
+            f"--ranks {options.ranks}",
             "a run needs a server rank and at least one client rank",
             "use --ranks 2 or more, or leave it away to run in one process",
         )
     if config.transport.name == "local":
-        raise ConfigError("transport.name = local", f"--ranks {ranks} was given too", "leave one of them away")
+        raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
+    folder = RunFolder(config)
+    folder.check(options.resume)  # cheap, and without the notices of mpirun
+    launching.say(f"starting {options.ranks} ranks")
+    code = launching.run_ranks(options.ranks, arguments, stop)
+    if code == EXIT_INTERRUPTED:
+        launching.say(f"interrupted {folder.how_to_go_on()}")
+    return code
+
+
+def _check_not_launched(options: argparse.Namespace, size: int) -> None:
+    if options.ranks not in (None, size):  # the launcher of --ranks hands its own arguments on
+        raise TransportError(f"--ranks {options.ranks}", f"an MPI launcher has started {size} ranks already", "leave --ranks away")
 
 
 # --- the other commands ----------------------------------------------------------------------
@@ -113,11 +145,16 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
     size = launching.launched_size()
-    if size is None and options.ranks is not None:
+    if size is not None:
+        _check_not_launched(options, size)
+    elif options.ranks is not None:
         settings.load(PretrainConfig, options.config, options.overrides)  # refused here, before any rank starts
         if options.ranks < 1:
             raise TransportError(f"--ranks {options.ranks}", "at least one rank is needed", "use --ranks 1 or more, or leave it away")
-        return launching.run_ranks(options.ranks, arguments)
+        code = launching.run_ranks(options.ranks, arguments)
+        if code == EXIT_INTERRUPTED:
+            launching.say("interrupted; continue with --resume")
+        return code
     from distfl.running import run_pretraining
 
     return run_pretraining(options, launched=size is not None)

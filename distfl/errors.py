@@ -7,6 +7,8 @@ from __future__ import annotations
 
 EXIT_REFUSED = 2  # bad input, refused before any rank trained
 EXIT_REQUEUE = 75  # checkpointed on request (SIGUSR1); start again with --resume
+EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell says it: 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # nobody reads what is printed: 128 + SIGPIPE
 
 
 class DistflError(Exception):

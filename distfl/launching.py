@@ -11,14 +11,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import TextIO
 
-from distfl.errors import TransportError
+from distfl.errors import EXIT_REQUEUE, ConfigError, TransportError
+from distfl.signals import StopRequest
 
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-BAR = "DISTFL_PROGRESS_BAR_COLUMNS"
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK")
+SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
 def launched_size() -> int | None:
@@ -42,19 +44,22 @@ def launched_size() -> int | None:
     return None
 
 
+def launched_rank() -> int | None:
+    """This process's rank as its MPI launcher says it; None where no launcher did."""
+    return next((int(os.environ[variable]) for variable in RANK_VARIABLES if variable in os.environ), None)
+
+
 def threads_per_rank() -> int:
-    """Threads that a rank computes with: ``DISTFL_THREADS``, else one."""
-    return int(os.environ.get("DISTFL_THREADS", "1"))
+    """Threads that a rank computes with: ``DISTFL_THREADS``, else one (raises ConfigError where it is no number)."""
+    threads = os.environ.get("DISTFL_THREADS", "1")
+    if not threads.isdecimal() or int(threads) < 1:
+        raise ConfigError(f"DISTFL_THREADS={threads}", "not a number of threads", "set it to 1 or more, or unset it")
+    return int(threads)
 
 
-def progress_bar() -> tuple[TextIO, int] | None:
-    """Stream and columns for a progress bar where somebody looks at a terminal, or None.
-
-    mpirun gives its ranks a terminal without width for standard output, whatever it writes to itself: they must be told.
-    """
-    if launched_size() is None:
-        return (sys.stderr, shutil.get_terminal_size().columns) if sys.stderr.isatty() else None
-    return (sys.stdout, int(os.environ[BAR])) if BAR in os.environ else None
+def say(text: str) -> None:
+    """What is going on, to the person who waits: apart from the results on standard output."""
+    print(f"distfl: {text}", file=sys.stderr, flush=True)
 
 
 def mpirun_path() -> str:
@@ -77,42 +82,44 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
         flags += ["--map-by", ":OVERSUBSCRIBE"]
     for variable in ONE_THREAD:
         flags += ["-x", f"{variable}={threads_per_rank()}"]
-    if sys.stdout.isatty():
-        flags += ["-x", f"{BAR}={shutil.get_terminal_size().columns}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
     flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))
     return [mpirun_path(), *flags, sys.executable, "-m", "distfl", *arguments]
 
 
-def run_ranks(ranks: int, arguments: list[str]) -> int:
-    """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on. Returns the exit code."""
-    process, early = None, []
+def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None) -> int:
+    """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on.
 
-    def pass_on(number: int, _frame: object) -> None:
-        early.append(number) if process is None else process.send_signal(number)
+    Args:
+        stop: the request that SIGUSR1 may have made already.
 
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    process = subprocess.Popen(mpirun_command(ranks, arguments))
-    for number in early:
-        process.send_signal(number)
-    code = process.wait()
-    return code if code >= 0 else 128 - code
-
-
-class StopRequest:
-    """Made true by SIGUSR1: checkpoint at the next round boundary and leave with the requeue code.
-
-    Made first thing in a rank's life: a signal without a handler would end the process.
+    Returns:
+        The exit code; 128 + the signal's number where SIGINT, SIGTERM or SIGHUP ended the ranks.
     """
+    process, began, ending = None, time.monotonic(), []
 
-    def __init__(self) -> None:
-        self._requested = False
-        signal.signal(signal.SIGUSR1, self._note)
+    def pass_on(number: int, _frame: object = None) -> None:
+        if number != signal.SIGUSR1:
+            ending.append(number)
+        if process is None:
+            return
+        if number == signal.SIGUSR1:  # it would kill what does not handle it yet
+            time.sleep(max(0, began + SECONDS_TO_HANDLERS - time.monotonic()))
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def _note(self, number: int, frame: object) -> None:
-        self._requested = True
-
-    def __call__(self) -> bool:
-        return self._requested
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
+    command = mpirun_command(ranks, arguments)
+    # in a process group of its own: Ctrl-C comes from here, once, and a second one would make mpirun drop its ranks
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    signal.signal(signal.SIGUSR1, pass_on)
+    if stop is not None and stop():
+        pass_on(signal.SIGUSR1)
+    if ending:
+        process.send_signal(ending[-1])
+    code = process.wait()
+    if ending and code not in (0, EXIT_REQUEUE):
+        return 128 + ending[0]
+    return code if code >= 0 else 128 - code

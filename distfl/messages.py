@@ -154,3 +154,12 @@ class RoundRecord:
     contributors: dict[str, int]
     learning_rate: float | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round leaves for the records."""
+
+    record: RoundRecord
+    reports: list[ClientReport]
+    traffic: dict

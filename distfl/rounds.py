@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from distfl import settings
@@ -32,7 +32,7 @@ from distfl.errors import DistflError, StartError
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, over_cap, rank_state, rehearse, report_of, try_to_frame, try_to_train
 from distfl.memory_cap import MemoryCap, Report, make_cap
-from distfl.messages import Assignment, ClientReport, RoundRecord, Score
+from distfl.messages import Assignment, ClientReport, RoundRecord, RoundResult, Score
 from distfl.methods.base import build_model
 from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
@@ -103,15 +103,6 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
 
 
 # --- the server's half -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """What a round leaves for the records."""
-
-    record: RoundRecord
-    reports: list[ClientReport]
-    traffic: dict
 
 
 def serve(job: Job, state: RankState, server: ServerState, record: Callable[[RoundResult], None], should_stop: Callable[[], bool]) -> bool:

@@ -16,19 +16,20 @@ from torch import Tensor
 from distfl import checkpoints, settings
 from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
-from distfl.errors import EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
+from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
 from distfl.files import write_atomically
 from distfl.hosting import RankState, rank_state
-from distfl.launching import StopRequest, threads_per_rank
+from distfl.launching import say, threads_per_rank
 from distfl.memory_cap import exact_allocator, make_cap
 from distfl.messages import Score
 from distfl.model import ModelSpec, from_tensors
 from distfl.rounds import dismiss, introduce, join, refuse, serve, work
+from distfl.signals import StopRequest
 from distfl.transport.base import Transport
 
 if TYPE_CHECKING:
     from distfl.jobs import Job
-    from distfl.recording import RunFolder
+    from distfl.run_folder import RunFolder
 
 
 def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
@@ -71,6 +72,9 @@ def _run_client(transport: Transport) -> int:
         return 0 if work(*joined) else EXIT_REQUEUE
     except threading.BrokenBarrierError:  # local transport: the server has ended and said why
         return 1
+    except DistflError as error:
+        print(f"distfl: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
+        transport.abort(EXIT_REFUSED)
     except BaseException:
         traceback.print_exc()
         transport.abort(1)
@@ -78,13 +82,13 @@ def _run_client(transport: Transport) -> int:
 
 def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, stop: StopRequest) -> int:
     """The server rank's life: refuse what cannot work before any rank trains, then serve."""
-    introduced = False
+    folder, introduced = None, False
     try:
         torch.set_num_threads(threads_per_rank())
         exact_allocator()
         # imported here: a client rank runs this module too and must not pay for data and records
         from distfl.jobs import prepare
-        from distfl.recording import RunFolder
+        from distfl.run_folder import RunFolder
 
         config = settings.load(TrainConfig, options.config, options.overrides)
         folder = RunFolder(config)
@@ -92,15 +96,18 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
             raise ConfigError(f"transport.name = {config.transport.name}", "MPI started the ranks", "set transport.name=auto")
         folder.check(options.resume)
         cap = make_cap(config.memory.enforce)
+        say(f"reading the data ({config.data.corpus}) and choosing the depth")
         job = prepare(config)
         if options.resume:
             folder.check_same(job)
-        state = rank_state(transport, config, job.spec, job.shards)
-        server = _server_state(job, state, folder if options.resume else None)
-        introduced = True
-        cpu_seconds = introduce(job, state)
-        folder.begin(job, mpi, cap.name, cpu_seconds, server.round if options.resume else None)
-        return _serve_to_the_end(job, state, server, folder, stop)
+        with folder.claimed(options.resume):
+            state = rank_state(transport, config, job.spec, job.shards)
+            server = _server_state(job, state, folder, options.resume)
+            say(f"depth {job.selection.depth}, {len(job.clients)} clients; proving the memory caps")
+            introduced = True
+            cpu_seconds = introduce(job, state)
+            folder.begin(job, mpi, cap.name, cpu_seconds, server.round if options.resume else None)
+            return _serve_to_the_end(job, state, server, folder, stop)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         if not introduced:
@@ -108,6 +115,9 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         elif not isinstance(error, StartError):  # the ranks are in the middle of something
             transport.abort(1)
         return EXIT_REFUSED
+    except KeyboardInterrupt:
+        say(f"interrupted {folder.how_to_go_on() if folder else 'before anything began'}")
+        transport.abort(EXIT_INTERRUPTED)
     except threading.BrokenBarrierError:  # local transport: the client has ended and said why
         return 1
     except BaseException:
@@ -115,10 +125,14 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         transport.abort(1)
 
 
-def _server_state(job: Job, state: RankState, resumed: RunFolder | None) -> ServerState:
+def _server_state(job: Job, state: RankState, folder: RunFolder, resume: bool) -> ServerState:
     """Where the last checkpoint left off; the pretrained model for a new run, or one that ended before its first checkpoint."""
-    if resumed is not None and checkpoints.exist(resumed.checkpoints):
-        return checkpoints.load(resumed.checkpoints, state.replica)
+    if resume and folder.last_checkpoint() is not None:
+        server = checkpoints.load(folder.checkpoints, state.replica)
+        say(f"resuming after round {server.round} of {job.config.rounds}")
+        return server
+    if resume:
+        say("resuming before round 0: nothing was recorded yet")
     state.replica.fill(job.method.initial(job.family.tensors(job.selection.depth), job.config.seed))
     return ServerState(-1, state.replica)
 
@@ -129,13 +143,15 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: R
     from distfl.recording import Recorder
 
     recorder = Recorder(folder, server, job.clients)
+    if server.round < 0 and not stop():
+        say("scoring the pretrained model")
     finished = serve(job, state, server, recorder, stop)
+    if not finished and server.round >= 0:
+        recorder.checkpoint()  # it may not have been due
     recorder.close()
     if not finished:
-        if server.round >= 0:
-            folder.save(server)  # it may not have been due
         dismiss(state.transport, finished)
-        print(f"distfl: stopped after round {server.round} on request; continue with --resume", flush=True)
+        say(f"stopped on request {folder.how_to_go_on()}")
         return EXIT_REQUEUE
     run = reporting.read_run(folder.path)
     text = reporting.summary(run)
@@ -172,6 +188,9 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         transport.abort(EXIT_REFUSED)
+    except KeyboardInterrupt:
+        say("interrupted; continue with --resume")
+        transport.abort(EXIT_INTERRUPTED)
     except BaseException:
         traceback.print_exc()
         transport.abort(1)
@@ -192,6 +211,8 @@ def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Ten
 
     folder = Path(source)
     if (folder / "manifest.json").is_file():
+        if depth is not None:
+            raise ConfigError(f"--depth {depth} of {folder}", "a run, whose model has one depth", "leave --depth away, or name a family")
         manifest = json.loads((folder / "manifest.json").read_text())
         family = open_family(manifest["family"])
         spec = family.spec(manifest["depth"])

@@ -1,0 +1,22 @@
+"""SIGUSR1 as a request to stop. Imports next to nothing: the handler must be there before a signal can come."""
+
+from __future__ import annotations
+
+import signal
+
+
+class StopRequest:
+    """Made true by SIGUSR1: checkpoint at the next round boundary and leave with the requeue code.
+
+    Made first thing in a rank's life: a signal without a handler would end the process.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._requested = True
+
+    def __call__(self) -> bool:
+        return self._requested

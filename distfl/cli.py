@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from distfl import launching, settings
+from distfl import __version__, launching, settings
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
@@ -56,6 +56,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distfl", description="Federated fine-tuning of tiny Transformers under enforced memory caps.")
+    parser.add_argument("--version", action="version", version=f"distfl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str, config: bool = False, ranks: bool = False) -> argparse.ArgumentParser:

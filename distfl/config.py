@@ -52,7 +52,7 @@ class GroupConfig:
     memory_mb: float  # peak memory above the process's baseline, 10^6 bytes
     upload_mb: float | None = None  # per round, 10^6 bytes; None = no limit
     gflops: float | None = None  # training work per round, 10^9 floating-point operations; None = no limit
-    share: float | None = None  # part of all clients
+    share: float | None = None  # part of all clients, relative to the sum of all groups' shares
     count: int | None = None  # number of clients
 
     def __post_init__(self) -> None:
@@ -138,13 +138,13 @@ class ServerConfig:
     """What the server does with the averaged update."""
 
     optimizer: Literal["average", "momentum", "adam"] = "average"
-    learning_rate: float = 1.0  # momentum and adam
+    learning_rate: float | None = None  # None = 1.0 for momentum, 0.01 for adam; average has none
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.99)
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "server.learning_rate", self.learning_rate, "above 0")
+        require(self.learning_rate is None or self.learning_rate > 0, "server.learning_rate", self.learning_rate, "above 0")
         require(0 <= self.momentum < 1, "server.momentum", self.momentum, "in [0, 1)")
         require(all(0 <= beta < 1 for beta in self.betas), "server.betas", self.betas, "in [0, 1)")
         require(self.epsilon > 0, "server.epsilon", self.epsilon, "above 0")

@@ -133,9 +133,13 @@ def _check_manifest(manifest: dict) -> None:
 
 def write_weights(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Store weights, atomically."""
-    from safetensors.torch import save_file  # see Family.tensors
+    from safetensors import SafetensorError  # see Family.tensors
+    from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, temporary)
+    try:
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, temporary)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None  # what it is: the library's own type says no more
     temporary.replace(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from distfl.errors import FamilyError
 from distfl.family import FORMAT, Family, open_family, write_weights
-from distfl.files import sha256, write_json
+from distfl.files import new_folder, sha256, write_json
 from distfl.model import ModelSpec, skeleton
 from distfl.shards import END_OF_TEXT
 
@@ -35,13 +37,28 @@ def _foreign_name(name: str) -> str:
 
 
 def export(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder: Path) -> None:
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer`` load.
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer`` load, whole or not at all.
 
     Raises:
-        FamilyError: the folder is there already.
+        FamilyError: the folder is there already or cannot be written.
     """
+    with _written(folder, "export to") as new:
+        _write_gpt2(spec, tensors, tokenizer, new)
+
+
+@contextmanager
+def _written(folder: Path, what: str) -> Iterator[Path]:
+    """``new_folder`` with errors of the family kind."""
     if folder.exists():
-        raise FamilyError(f"export to {folder}", "it exists", "name a new folder")
+        raise FamilyError(f"{what} {folder}", "it exists", "name a new folder")
+    try:
+        with new_folder(folder) as new:
+            yield new
+    except OSError as error:
+        raise FamilyError(f"{what} {folder}", f"{type(error).__name__}: {error}", "name a folder that can be written, with room") from None
+
+
+def _write_gpt2(spec: ModelSpec, tensors: dict[str, Tensor], tokenizer: Path, folder: Path) -> None:
     from tokenizers import Tokenizer  # only exporting and importing read one here
 
     end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
@@ -86,9 +103,9 @@ def import_family(folders: list[Path], output: Path) -> Family:
     """Make a family of GPT-2 folders of the same shape and different depth. A tied output layer becomes a copy of its own.
 
     Raises:
-        FamilyError: not GPT-2, other arithmetic than ours, shapes that differ, or ``output`` exists.
+        FamilyError: not GPT-2, other arithmetic than ours, shapes that differ, or ``output`` exists or cannot be written.
     """
-    if output.exists():
+    if output.exists():  # before anything is read
         raise FamilyError(f"import into {output}", "it exists", "name a new folder")
     loaded = [_read(folder) for folder in folders]
     shapes = {(spec.width, spec.heads, spec.context, spec.vocabulary) for spec, _ in loaded}
@@ -103,7 +120,12 @@ def import_family(folders: list[Path], output: Path) -> Family:
         raise FamilyError(
             f"one family of {[str(folder) for folder in folders]}", "their tokenizer.json differ", "give models of one tokenizer"
         )
-    width, heads, context, vocabulary = shapes.pop()
+    with _written(output, "import into") as new:
+        _write_family(loaded, folders, new)
+    return open_family(str(output))
+
+
+def _write_family(loaded: list[tuple[ModelSpec, dict[str, Tensor]]], folders: list[Path], output: Path) -> None:
     for spec, tensors in loaded:
         write_weights(output / f"depth-{spec.depth:02d}.safetensors", tensors, torch.float32)
     shutil.copyfile(folders[0] / "tokenizer.json", output / "tokenizer.json")
@@ -111,14 +133,13 @@ def import_family(folders: list[Path], output: Path) -> Family:
         output / "family.json",
         {
             "format": FORMAT,
-            "architecture": {"width": width, "heads": heads, "context": context, "vocabulary": vocabulary},
+            "architecture": {"width": spec.width, "heads": spec.heads, "context": spec.context, "vocabulary": spec.vocabulary},
             "depths": {
                 str(spec.depth): {"file": f"depth-{spec.depth:02d}.safetensors", "imported_from": str(folder)}
                 for (spec, _), folder in zip(loaded, folders)
             },
         },
     )
-    return open_family(str(output))
 
 
 def _read(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
@@ -130,6 +151,11 @@ def _read(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         foreign = load_file(folder / "model.safetensors")
         _check_arithmetic(config, folder)
         spec = ModelSpec(config["n_layer"], config["n_embd"], config["n_head"], config["n_positions"], config["vocab_size"])
+        numbers = (spec.depth, spec.width, spec.heads, spec.context, spec.vocabulary)
+        if not all(type(number) is int and number > 0 for number in numbers) or spec.width % spec.heads:
+            raise ValueError(f"n_layer, n_embd, n_head, n_positions, vocab_size = {numbers}")
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError("tokenizer.json is missing; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one")
         entries = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
         if entries > spec.vocabulary:
             raise ValueError(f"tokenizer.json has {entries} entries, the model {spec.vocabulary}")

@@ -11,6 +11,8 @@ from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
 from distfl.fleet import MEGA
 
+CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "no_window": "without a window"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,7 +51,6 @@ def summary(run: Run) -> str:
     first, last = run.evaluated[0], run.evaluated[-1]
     enforced = run.manifest["starts"][-1]["memory_enforced_by"]
     caps = "measured only, NOT enforced" if enforced == "report" else f"enforced by {enforced}"
-    over = sum(report["cause"] == "over_cap" for report in run.clients)
     rows = [
         ["group", "clients", "blocks", "cap MB", "predicted MB", "peak MB", "upload MB", "GFLOP", "accuracy before", "after", "loss after"]
     ]
@@ -62,15 +63,30 @@ def summary(run: Run) -> str:
     return "\n".join(
         [
             f"{run.config.method.name}, depth {run.manifest['depth']} of family {Path(run.manifest['family']).name}, "
-            f"{run.manifest['starts'][-1]['ranks']} ranks, caps {caps}",
+            f"{_ranks(run)}, caps {caps}",
             f"round {first['round']}: loss {first['test_loss']:.4f}, accuracy {first['test_accuracy']:.4f}",
             f"round {last['round']}: loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.4f}",
             f"payload of all rounds: up {_total(run, 'upload_bytes')} MB, down {_total(run, 'download_bytes')} MB, "
-            f"first distribution {_total(run, 'first_download_bytes')} MB; client rounds over their cap: {over} of {len(run.clients)}",
+            f"first distribution {_total(run, 'first_download_bytes')} MB",
+            *_left_out(run),
             "",
             table(rows),
         ]
     )
+
+
+def _ranks(run: Run) -> str:
+    start = run.manifest["starts"][-1]
+    return "one process" if start["mpi"] == "local" else f"{start['ranks']} ranks"
+
+
+def _left_out(run: Run) -> list[str]:
+    """How many client rounds were not merged, and why; and a warning where none was."""
+    counts = {text: sum(report["cause"] == cause for report in run.clients) for cause, text in CAUSES.items()}
+    lines = [f"client rounds: {len(run.clients)}, left out: " + ", ".join(f"{count} {text}" for text, count in counts.items())]
+    if run.clients and not any(report["ok"] for report in run.clients):
+        lines.append("WARNING: nothing was trained: no client's update was merged in any round; clients.jsonl has the reasons")
+    return lines
 
 
 def _total(run: Run, key: str) -> str:
@@ -122,11 +138,16 @@ def _fixed(value: float | None) -> str:
 
 
 def picture(run: Run) -> Path:
-    """One PNG: accuracy over rounds, bytes over rounds, peak against cap of every client."""
+    """One PNG: accuracy over rounds, bytes over rounds, peak against cap of every client.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plot
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, middle, right) = plot.subplots(1, 3, figsize=(16, 4.6), constrained_layout=True)
     rounds = [record["round"] for record in run.evaluated]
@@ -143,9 +164,17 @@ def picture(run: Run) -> Path:
     middle.legend()
     _peaks(right, run)
     figure.suptitle(f"{run.config.method.name}, depth {run.manifest['depth']}, {len(run.manifest['groups'])} clients")
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = run.folder / "summary.png"
-    figure.savefig(path, dpi=110)
-    plot.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise CheckpointError(
+            f"picture {path}", f"{type(error).__name__}: {error}", "make the run folder writable, or report a copy of it"
+        ) from None
+    finally:
+        plot.close(figure)
     return path
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from distfl.config import ServerConfig
 
+DEFAULT_RATES = {"average": 1.0, "momentum": 1.0, "adam": 0.01}  # Adam's steps have the size of the rate, not of the update
+
 
 class ServerOptimizer:
     """Keeps its state per tensor name; ``state`` is what a checkpoint must hold."""
 
     def __init__(self, config: ServerConfig):
         self.config = config
+        self.rate = DEFAULT_RATES[config.optimizer] if config.learning_rate is None else config.learning_rate
         self.state: dict[str, Tensor] = {}
 
     def step(self, name: str, old: Tensor, new: Tensor) -> Tensor:
@@ -26,13 +29,13 @@ class ServerOptimizer:
 
     def _momentum(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         velocity = self._state(f"velocity/{name}", old).mul_(self.config.momentum).add_(new - old)
-        return old + self.config.learning_rate * velocity
+        return old + self.rate * velocity
 
     def _adam(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         update, (first, second) = new - old, self.config.betas
         mean = self._state(f"mean/{name}", old).mul_(first).add_(update, alpha=1 - first)
         square = self._state(f"square/{name}", old).mul_(second).addcmul_(update, update, value=1 - second)
-        return old + self.config.learning_rate * mean / (square.sqrt() + self.config.epsilon)
+        return old + self.rate * mean / (square.sqrt() + self.config.epsilon)
 
     def _state(self, name: str, like: Tensor) -> Tensor:
         return self.state.setdefault(name, torch.zeros_like(like))

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, newest first, and damage is named instead of continued from."""
 
+import resource
 import shutil
 from dataclasses import replace
 
@@ -143,3 +144,15 @@ def test_a_changed_number_in_the_state_is_found_out(two, before, after):
     path.write_text(text.replace(before, after))
     with pytest.raises(CheckpointError, match="state.json"):
         load(two, Replica(TABLE))
+
+
+def test_one_that_cannot_be_written_whole_is_named_and_leaves_the_others(two):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # stands in for a full disk
+    try:
+        with pytest.raises(CheckpointError, match="round 3"):
+            save(state(3), two, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(two) == ["round-00001", "round-00002"]
+    assert load(two, Replica(TABLE)).round == 2

@@ -1,6 +1,7 @@
 """Hugging Face folders: what we write transformers reads with the same numbers, and the other way round."""
 
 import json
+import resource
 from dataclasses import replace
 
 import pytest
@@ -203,3 +204,26 @@ def test_an_import_overwrites_nothing(family, tmp_path):
     with pytest.raises(FamilyError, match="(?s)exists.*new folder"):
         import_family([folder], family.folder)
     assert family.depths == (3, 4)
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing(family, tmp_path):
+    folder = exported(family, 3, tmp_path / "gpt2")
+    for write in (lambda: exported(family, 3, tmp_path / "file" / "out"), lambda: import_family([folder], tmp_path / "file" / "out")):
+        (tmp_path / "file").touch()
+        with pytest.raises(FamilyError, match="file/out"):
+            write()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # stands in for a full disk
+    try:
+        with pytest.raises(FamilyError, match="again"):
+            import_family([folder], tmp_path / "again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} >= {"gpt2"} and not list(tmp_path.glob("*again*"))
+
+
+def test_heads_that_do_not_divide_the_width_are_blamed_on_the_input(family, tmp_path):
+    edit(exported(family, 3, tmp_path / "gpt2"), n_head=3)
+    with pytest.raises(FamilyError, match="(?s)import of .*gpt2.*n_head"):
+        import_family([tmp_path / "gpt2"], tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -67,3 +67,9 @@ def test_tensors_have_state_of_their_own_and_arguments_are_left_alone(config):
     assert old.tolist() == [0, 0] and new.tolist() == [1, -1]
     kinds = ("velocity",) if config is MOMENTUM else ("mean", "square")
     assert set(optimizer.state) == {f"{kind}/{name}" for kind in kinds for name in "xy"}
+
+
+def test_the_default_rate_is_one_for_momentum_and_small_for_adam():
+    one = torch.ones(1)
+    assert ServerOptimizer(ServerConfig(optimizer="momentum")).step("x", one, one + 0.5).item() == 1.5
+    assert abs(ServerOptimizer(ServerConfig(optimizer="adam")).step("x", one, one + 0.5).item() - 1) < 0.02

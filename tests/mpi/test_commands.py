@@ -34,6 +34,9 @@ def test_a_run_can_be_reported_scored_and_exported(distfl, config, tmp_path):
     score = json.loads(distfl("evaluate", run).stdout)
     assert (score["loss"], score["accuracy"]) == (pytest.approx(last["test_loss"], rel=1e-9), last["test_accuracy"])
     assert score["groups"].keys() == {"weak", "strong"}
+    assert "one process" in table and "left out: 0 over their cap" in table
+    refused = distfl("export", run, tmp_path / "hf", "--depth", 2)
+    assert refused.returncode == 2 and "leave --depth away" in refused.stderr
     assert distfl("export", run, tmp_path / "hf").returncode == 0
     script = "import sys; from transformers import AutoModelForCausalLM as M; print(M.from_pretrained(sys.argv[1]).config.n_layer)"
     assert distfl(tmp_path / "hf", program=[sys.executable, "-c", script]).stdout.strip() == "4"
@@ -77,8 +80,11 @@ def test_resume_refuses_other_data_and_goes_on_where_nothing_was_saved_yet(distf
     (run / "config.yaml").write_text(saved)
     for checkpoint in (run / "checkpoints").iterdir():  # as if killed in round 0
         checkpoint.rename(checkpoint.with_name("set-aside-" + checkpoint.name))
+    lost = distfl("train", config, "rounds=16", "run.checkpoint_every=7", "--resume")
+    assert lost.returncode == 2 and "no checkpoint" in lost.stderr  # not silently from the start
+    (run / "rounds.jsonl").write_text((run / "rounds.jsonl").read_text().splitlines()[0] + "\n")
     done = distfl("train", config, "rounds=16", "run.checkpoint_every=7", "--resume")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "resuming before round 0" in done.stderr, done.stderr
     assert [record["round"] for record in lines(run / "rounds.jsonl")] == list(range(17))
     assert len(json.loads((run / "manifest.json").read_text())["starts"]) == 2
 
@@ -93,3 +99,14 @@ def test_doctor_finds_all_that_a_run_needs(distfl):
     done = distfl("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILS" not in done.stdout and "memory cap" in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error(distfl, config):
+    done = distfl(program=["bash", "-c", f"set -o pipefail; {sys.executable} -m distfl plan {config} | true"])
+    assert done.returncode in (0, 141) and "Traceback" not in done.stderr
+
+
+def test_a_run_in_which_nothing_trained_says_so(distfl, config, tmp_path):
+    done = distfl("train", config, "rounds=1", "training.learning_rate=1e30", "training.clip_norm=null", "training.optimizer=sgd")
+    assert done.returncode == 0, done.stderr
+    assert "12 not finite" in done.stdout and "WARNING: nothing was trained" in done.stdout

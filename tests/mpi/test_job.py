@@ -109,7 +109,7 @@ def test_sigusr1_checkpoints_and_leaves_with_the_requeue_code(distfl, config, tm
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "continue with --resume" in out
+    assert "continue with --resume" in err
     assert not (run / "finished").exists()
     last = max(int(path.name[6:]) for path in (run / "checkpoints").iterdir())
     done = distfl("train", config, "rounds=14", "--resume", ranks=3)
@@ -197,6 +197,42 @@ def test_a_run_folder_is_never_overwritten_and_a_damaged_checkpoint_is_refused(d
     damaged = distfl("train", config, "rounds=30", "--resume", timeout=60)
     assert damaged.returncode == 2 and "damaged" in damaged.stderr
     assert (run / "rounds.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_a_run_that_is_interrupted_says_how_to_go_on_and_keeps_others_out_while_it_lives(distfl, config, tmp_path, ranks):
+    run = tmp_path / "run"
+    process = distfl.start("train", config, "rounds=40", ranks=ranks)
+    distfl.wait_for_round(run, 1, process)
+    second = distfl("train", config, "rounds=40", "--resume", timeout=60)
+    assert second.returncode == 2 and "another run is writing here" in second.stderr
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    last = max(int(path.name[6:]) for path in (run / "checkpoints").glob("round-*"))
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1] == f"distfl: interrupted after round {last}; continue with --resume"
+    assert "round 1/40: " in out
+    resumed = distfl.start("train", config, "rounds=40", "--resume")
+    distfl.wait_for_round(run, last + 1, resumed)
+    resumed.send_signal(signal.SIGINT)
+    assert f"resuming after round {last} of 40" in resumed.communicate(timeout=30)[1]
+
+
+def test_of_two_starts_at_once_one_is_refused(distfl, config, tmp_path):
+    both = [distfl.start("train", config) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert (tmp_path / "run" / "finished").exists()
+    assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_sigusr1_soon_after_the_start_is_not_lost(distfl, config, ranks):
+    process = distfl.start("train", config, ranks=ranks)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "before round 0" in err, err
 
 
 def _mpirun(ranks: int) -> list[str]:

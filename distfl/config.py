@@ -115,7 +115,7 @@ class TrainingConfig:
             (self.epochs is None) != (self.steps is None),
             "training.epochs/steps",
             (self.epochs, self.steps),
-            "given as either epochs or steps, not both and not neither",
+            "given as either epochs or steps (set the other to null: training.steps=null), not both and not neither",
         )
         for key in ("epochs", "steps"):  # 0 steps is allowed: a round without training, for measuring
             value = getattr(self, key)

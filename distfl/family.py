@@ -52,9 +52,7 @@ class Family:
         try:
             stored = load_file(path)
         except Exception as error:  # safetensors raises its own type for damage, OSError for absence
-            raise FamilyError(
-                f"weights {path}", f"{type(error).__name__}: {error}", "restore the file, or leave its depth out of model.depths"
-            ) from None
+            raise _damaged(path, error) from None
         wanted = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
         found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         if wanted != found:
@@ -115,7 +113,24 @@ def open_family(name: str, depths: tuple[int, ...] | None = None) -> Family:
             raise FamilyError(
                 f"family {folder}", f"{file} is missing", "restore the file, or set model.depths to the depths that are there"
             )
+    for depth in depths or held:
+        _check_whole(folder / manifest["depths"][str(depth)]["file"])
     return family
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that does not hold what its header promises: costs no reading of weights (raises FamilyError)."""
+    from safetensors import safe_open  # see Family.tensors
+
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except Exception as error:  # safetensors raises its own type for damage
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> FamilyError:
+    return FamilyError(f"weights {path}", f"{type(error).__name__}: {error}", "restore the file, or leave its depth out of model.depths")
 
 
 def _check_manifest(manifest: dict) -> None:

@@ -52,7 +52,7 @@ def _groups(job: Job) -> str:
             "of",
             "download MB",
             "first MB",
-            "GFLOP/round",
+            "GFLOP",
             "of",
         ]
     ]
@@ -72,7 +72,7 @@ def _groups(job: Job) -> str:
                 f"{units[window.first].name}..head",
                 _mega(cost.peak.bytes),
                 _mega(budget.memory_bytes),
-                _mega(budget.memory_bytes - cost.peak.bytes),
+                _slack(budget.memory_bytes - cost.peak.bytes),
                 f"{cost.upload_bytes / MEGA:.3f}",
                 "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}",
                 f"{changing / MEGA:.3f}",
@@ -81,7 +81,7 @@ def _groups(job: Job) -> str:
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
             ]
         )
-    return table(rows)
+    return f"{table(rows)}\nall figures per client and round, of each group's client with most data; first: its first model, once"
 
 
 def _parts(job: Job) -> str:
@@ -94,6 +94,11 @@ def _parts(job: Job) -> str:
             parts = (peak.weights, peak.optimizer, peak.activations, peak.transient, peak.margin, peak.bytes)
             rows.append([group, *map(_mega, parts), max(peak.moments, key=peak.moments.get)])
     return table(rows)
+
+
+def _slack(bytes_: float) -> str:
+    """What is left of the budget; marked where the plan goes beyond it on purpose (extra_blocks)."""
+    return _mega(bytes_) if bytes_ >= 0 else f"OVER {_mega(-bytes_)}"
 
 
 def _mega(bytes_: float) -> str:

@@ -233,6 +233,7 @@ def score_run(folder: Path) -> dict:
     from distfl.training import evaluate
 
     run = read_run(folder)
+    say("reading the data and scoring the newest merged model")
     spec, tensors, _ = load_model(str(folder), None)
     shards = tokenised(run.config, open_family(run.manifest["family"]))
     if shards.checksum != run.manifest["tokens_checksum"]:

@@ -31,23 +31,39 @@ def load(schema: type[Schema], path: str | os.PathLike, overrides: list[str] = (
     Raises:
         ConfigError: missing file, not YAML, unknown key, wrong type or senseless value.
     """
-    import yaml  # the server rank and the command line read YAML, client ranks never do
-
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {path}", "there is no such file", "name an existing file, for instance one of configs/")
+        found = "a folder, there is no such file" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"config file {path}", found, "name an existing file, for instance one of configs/")
     try:
-        values = yaml.safe_load(path.read_text())
-        parsed = [(key, yaml.safe_load(value)) for key, value in map(_split_override, overrides)]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that are none, endless nesting
-        raise ConfigError(f"config file {path} and its overrides", f"not YAML: {error}", "mend the line named above") from None
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}", f"not a readable text file: {error}", "name a YAML file, see configs/") from None
+    values = _parse(text, f"config file {path}")
+    parsed = [(key, _parse(value, f"override {key}={value}")) for key, value in map(_split_override, overrides)]
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"config file {path}", f"a {type(values).__name__}, not sections with keys", "see configs/smoke.yaml for the shape"
-        )
+        raise ConfigError(f"config file {path}", f"{_said(type(values))}, not sections with keys", "see configs/smoke.yaml for the shape")
     for key, value in parsed:
         _override(values, key, value)
     return from_dict(schema, values)
+
+
+def _parse(text: str, what: str) -> Any:
+    import yaml  # the server rank and the command line read YAML, client ranks never do
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice: YAML alone would take the last one silently."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none, endless nesting
+        raise ConfigError(what, f"not YAML: {error}", "mend it at the place named above") from None
 
 
 def _split_override(text: str) -> tuple[str, str]:
@@ -88,7 +104,7 @@ def to_dict(config: object) -> dict:
 
 def to_yaml(config: object) -> str:
     """The effective config as YAML."""
-    import yaml  # see load()
+    import yaml  # see _parse()
 
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
@@ -133,9 +149,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(
-            f"{key} = {value!r}", f"a {type(value).__name__} where a {wanted.__name__} is needed", f"give {key} as a {wanted.__name__}"
-        )
+        raise ConfigError(f"{key} = {value!r}", f"{_said(type(value))} where {_said(wanted)} is needed", f"give {key} as {_said(wanted)}")
     if wanted is float and not math.isfinite(value):
         raise ConfigError(f"{key} = {value!r}", "not a finite number", f"give {key} a finite number, or leave it away for its default")
     return value
@@ -144,7 +158,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
 def _section(kind: Any, values: Any, key: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(
-            key or "config", f"a {type(values).__name__} where keys are needed", f"write keys of {kind.__name__} below {key or 'the top'}"
+            key or "config", f"{_said(type(values))} where keys are needed", f"write keys of {kind.__name__} below {key or 'the top'}"
         )
     hints = typing.get_type_hints(kind)
     for name in values:
@@ -157,6 +171,12 @@ def _section(kind: Any, values: Any, key: str) -> Any:
         if needed and entry.name not in converted:
             raise ConfigError(f"section {key or 'config'}", f"the key {entry.name} is missing", f"add {entry.name}")
     return kind(**converted)
+
+
+def _said(kind: type) -> str:
+    """A type in words that need no Python."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys with values"}
+    return "nothing (null)" if kind is type(None) else words.get(kind, f"a {kind.__name__}")
 
 
 def _nearest(name: object, known: Any) -> str:

@@ -213,6 +213,21 @@ def test_infinite_values_are_refused(load, override):
         load(override)
 
 
+def test_a_key_that_stands_twice_is_refused(load):
+    with pytest.raises(ConfigError, match="'steps' stands twice"):
+        load(text=SMALLEST.replace("{steps: 2}", "{steps: 2, batch: 4, steps: 3}"))
+
+
+def test_refusals_are_in_plain_words_and_name_the_bad_override_itself(load):
+    with pytest.raises(ConfigError, match="(?s)nothing .null. where a whole number is needed"):
+        load("rounds=null")
+    with pytest.raises(ConfigError) as refused:
+        load("rounds=3", "seed=[")
+    assert refused.value.asked == "override seed=["
+    with pytest.raises(ConfigError, match="not a readable text file"):
+        load(text=b"\xff\xfe\x00")
+
+
 def test_a_missing_file_is_refused(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ConfigError, match="no such file"):

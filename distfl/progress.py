@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -22,7 +23,7 @@ class Progress:
         self._bar = None
         if launched_size() is None and sys.stderr.isatty():
             form = "round {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(total=rounds, initial=max(last, 0), bar_format=form, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=rounds, initial=max(last, 0), bar_format=form, ncols=shutil.get_terminal_size().columns, file=sys.stderr)
         self._rounds, self._clients = rounds, clients
         self._began, self._trained = time.monotonic(), 0
 

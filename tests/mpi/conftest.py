@@ -1,5 +1,6 @@
 """What the job tests share: a small corpus, a small random family, and the command run with real ranks."""
 
+import contextlib
 import json
 import os
 import signal
@@ -93,10 +94,26 @@ class Distfl:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            self.kill(process)
             out, err = process.communicate()
             pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    @staticmethod
+    def kill(process: subprocess.Popen) -> None:
+        """SIGKILL for a process and all its descendants, at once; mpirun has a process group of its own."""
+        listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+        children: dict[int, list[int]] = {}
+        for line in listing.splitlines():
+            child, parent = map(int, line.split())
+            children.setdefault(parent, []).append(child)
+        family, frontier = [process.pid], [process.pid]
+        while frontier:
+            frontier = [child for parent in frontier for child in children.get(parent, [])]
+            family += frontier
+        for member in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
 
     def model(self, run: Path) -> bytes:
         """The newest merged model of a run, as bytes."""

@@ -1,9 +1,7 @@
 """The main job with real ranks: same bits anywhere, caps that bite, resume, signals, bad input."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -90,7 +88,7 @@ def test_resume_after_kill_9_of_the_whole_job_gives_the_same_bits(distfl, config
     assert distfl("train", config, *common, f"run.folder={whole}").returncode == 0
     process = distfl.start("train", config, *common, f"run.folder={broken}", ranks=3)
     distfl.wait_for_round(broken, 2, process)
-    _kill_tree(process.pid)
+    distfl.kill(process)
     process.communicate(timeout=30)
     assert not (broken / "finished").exists()
     done = distfl("train", config, *common, f"run.folder={broken}", "--resume", ranks=4)
@@ -240,21 +238,3 @@ def _mpirun(ranks: int) -> list[str]:
 
     command = mpirun_command(ranks, [])
     return command[: command.index(sys.executable)]
-
-
-def _kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all its descendants, at once."""
-    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-    children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-    family, frontier = [pid], [pid]
-    while frontier:
-        frontier = [child for parent in frontier for child in children.get(parent, [])]
-        family += frontier
-    for member in family:
-        try:
-            os.kill(member, signal.SIGKILL)
-        except ProcessLookupError:
-            pass

@@ -2,12 +2,19 @@
 
 import sys
 
-from distfl.signals import StopRequest
+from distfl.allocator import restart_prepared
+from distfl.signals import StopRequest, hold_signals
 
 
 def main() -> int:
     """The command with its signals handled from the first moment; returns the exit code."""
-    stop = StopRequest() if sys.argv[1:2] == ["train"] else None  # before everything that takes time to import
+    stop = None
+    if sys.argv[1:2] == ["train"]:  # before everything that takes time to import
+        hold_signals()
+        restart_prepared()
+        stop = StopRequest()
+    elif sys.argv[1:2] == ["calibrate"]:
+        restart_prepared()
     try:
         from distfl import cli
 

@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("folders", nargs="+", type=Path, help="folders of models that differ in depth only")
     imports.add_argument("--output", type=Path, required=True, help="new family folder")
     command("report", _report, "make table and picture of a run again").add_argument("folder", type=Path, help="run folder")
+    calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
+    calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     command("doctor", _doctor, "say what works on this machine, and how to mend what does not")
     return parser
 
@@ -192,6 +194,19 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     run = reporting.read_run(options.folder)
     print(reporting.summary(run))
     print(f"\npicture: {reporting.picture(run)}")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:
+    import torch
+
+    from distfl import calibration
+    from distfl.allocator import exact_allocator
+
+    torch.set_num_threads(launching.threads_per_rank())
+    exact_allocator()
+    found = calibration.calibrate(options.output, lambda text: print(text, flush=True))
+    print(f"\n{calibration.verdict(found)}\npicture: {calibration.picture(found, options.output / 'calibration.png')}")
     return 0
 
 

@@ -133,6 +133,23 @@ class TrainingConfig:
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
 
 
+Switch = Literal["auto", "on", "off"]  # auto: where a budget makes it useful
+
+
+@dataclass(frozen=True)
+class LeversConfig:
+    """Ways to train more blocks within a budget; all but frozen_precision give the gradient of plain training."""
+
+    micro_batches: Switch = "auto"  # activations of few sequences at a time; on = of one
+    loss_chunks: Switch = "auto"  # logits of 128 tokens at a time; auto = on
+    recompute: Switch = "auto"  # first blocks of the window computed again in backward; on = all of them
+    fused_update: Switch = "auto"  # optimiser steps inside backward; not with clip_norm, nor with micro-batches
+
+    frozen_precision: Literal["fp32", "bf16", "int8"] = "fp32"  # of matrices below the window; the one lever that changes results
+    mapped_prefix: Switch = "auto"  # frozen tensors used where the node holds them, charged to the budget all the same; auto = on
+    prefix_features: Switch = "auto"  # outputs of frozen units kept on the node's disk (TMPDIR), not computed again; auto = on
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """What the server does with the averaged update."""
@@ -154,8 +171,8 @@ class ServerConfig:
 class MemoryConfig:
     """How budgets are enforced."""
 
-    enforce: Literal["auto", "rlimit", "report"] = "auto"
-    margin_mb: float = 2.5  # kept free by the planner: allocator, page rounding and heap holes that no formula of tensors contains
+    enforce: Literal["auto", "rlimit", "cgroup", "cgroup-v1", "cgroup-v2", "cuda", "report"] = "auto"
+    margin_mb: float = 0.75  # kept free by the planner; `distfl calibrate` says how far predictions are off on a machine
 
     def __post_init__(self) -> None:
         require(self.margin_mb >= 0, "memory.margin_mb", self.margin_mb, "0 or more")
@@ -206,6 +223,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
+    levers: LeversConfig = LeversConfig()
     server: ServerConfig = ServerConfig()
     memory: MemoryConfig = MemoryConfig()
     transport: TransportConfig = TransportConfig()
@@ -214,6 +232,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.levers.fused_update == "on":
+            hint = "off or auto with training.clip_norm (set that to null) and with levers.micro_batches=on"
+            require(self.training.clip_norm is None and self.levers.micro_batches != "on", "levers.fused_update", "on", hint)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,32 @@
 """What a client's round costs: peak bytes, upload bytes, FLOPs. Formulas only, nothing is run.
 
 Peak memory counts, above the process's baseline, what is alive at the fullest moment of a training
-step. N = batch x context tokens; d, f, H, V as in ``model.py``; s = optimiser tensors per parameter.
-Elements kept by autograd per token of a trained block (eager PyTorch, fused attention, no dropout):
+step. N = tokens of a micro-batch (plain: of the batch); d, f, H, V as in ``model.py``; s = optimiser
+tensors per parameter. Elements kept by autograd per token of a trained block (eager PyTorch, fused
+attention, no dropout):
 
     8d + 2f + H + 4      LN1 in, LN1 out, q k v, attention out, LN2 in, LN2 out | fc1 out, GELU out | log-sum-exp, norm statistics
 
-A frozen prefix runs under no-grad and keeps nothing. The peak is the largest of the step's moments
-(``Peak.moments``): weights, optimiser state and kept activations, plus either the logits and the
-loss's copies of them, or the transients of the first (or last) block's backward, or the gradients
-at the optimiser step, or the prefix's forward. This is the account of CAFF (arXiv 2411.07826,
-weights + optimiser state + activations) with the moments it leaves out.
+A frozen prefix runs under no-grad and keeps nothing; a recomputed block keeps its input, d. The peak is
+the largest of the step's moments (``Peak.moments``): weights, optimiser state, gradients where they add
+up, plus what that moment needs. This is the account of CAFF (arXiv 2411.07826, weights + optimiser state +
+activations) with the moments it leaves out and the levers of ``recipes.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from distfl.allocator import MAPPED_FROM_BYTES
+from distfl.frozen import Precision, matrix_bytes, stored_bytes
 from distfl.model import ModelSpec
+from distfl.recipes import Recipe
 from distfl.units import VALUE_BYTES, UnitTable, Window
 
+PAGE_BYTES = 4096
+SCRATCH_BYTES = 500_000  # fitted
+BLOCKS_PER_HOLE = 6  # fitted
 TOKEN_BYTES = 16  # an input and a target, int64 each
 
 
@@ -30,14 +37,16 @@ class Peak:
     Args:
         weights: all units, frozen ones too.
         optimizer: state of the trained tensors.
+        gradients: that outlive a micro-batch, because they add up.
         activations: kept for backward by the trained blocks.
-        transient: what the fullest moment adds to these three (gradients, logits, temporaries, the batch).
+        transient: what the fullest moment adds to these (other gradients, logits, temporaries, the batch).
         margin: allocator and page rounding, from the config.
         moments: total of every moment, by name.
     """
 
     weights: int
     optimizer: int
+    gradients: int
     activations: int
     transient: int
     margin: int
@@ -45,16 +54,17 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        return self.weights + self.optimizer + self.activations + self.transient + self.margin
+        return self.weights + self.optimizer + self.gradients + self.activations + self.transient + self.margin
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Everything a budget limits, for one client and round."""
+    """Everything a budget limits, for one client and round, and how its steps are to be computed."""
 
     peak: Peak
     upload_bytes: int
     flops: int
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,14 @@ class Costs:
         batch: sequences per step.
         state_tensors: optimiser tensors per trained parameter: AdamW 2, SGD with momentum 1, SGD 0.
         margin_bytes: added to every peak.
+        frozen_precision: how matrices below the window are stored.
     """
 
     table: UnitTable
     batch: int
     state_tensors: int
     margin_bytes: int = 0
+    frozen_precision: Precision = "fp32"
 
     @property
     def spec(self) -> ModelSpec:
@@ -81,39 +93,85 @@ class Costs:
         """Elements that one trained block keeps for backward, per token."""
         return 8 * self.spec.width + 2 * self.spec.feedforward + self.spec.heads + 4
 
-    def peak(self, window: Window) -> Peak:
+    def weights(self, window: Window) -> int:
+        """Bytes of all weights a client holds or maps."""
+        narrower = matrix_bytes(self.table, window) - stored_bytes(self.table, window, self.frozen_precision)
+        return self.table.bytes - narrower
+
+    def peak(self, window: Window, recipe: Recipe) -> Peak:
         """Peak of a training step with this window (see the module docstring)."""
-        spec, tokens = self.spec, self.batch * self.spec.context
-        trained = self.table.trained_blocks(window)
-        weights = self.table.bytes
-        gradients = self.table.window_bytes(window)
-        optimizer = self.state_tensors * gradients
-        per_block = VALUE_BYTES * tokens * self.kept_per_token()
-        head_gradient = self.table[spec.depth + 1].bytes
-        values = VALUE_BYTES * tokens
-        residual = values * (spec.width + spec.feedforward)  # gradients of a block's output and of its GELU output
-        batch = TOKEN_BYTES * tokens
-        lowest = self.table[window.first].bytes if trained else 0  # its gradients come as its activations go
-        kept = trained * per_block
-        moments = {  # beyond weights and optimiser state
-            "prefix forward": values * (2 * spec.width + 2 * spec.feedforward) if window.first > 1 else 0,
-            "loss": kept + values * (spec.width + 3 * spec.vocabulary),  # log-probabilities, their gradient, the logits' gradient
-            "head backward": kept + values * (2 * spec.width + spec.vocabulary) + head_gradient,
-            "first block backward": kept + residual + head_gradient,
-            "last block backward": min(trained, 1) * per_block + residual + gradients - lowest,
-            "optimizer": gradients,
-        }
-        beyond = max(moments.values()) + batch
-        totals = {name: weights + optimizer + moment + batch + self.margin_bytes for name, moment in moments.items()}
-        return Peak(weights, optimizer, kept, beyond - kept, self.margin_bytes, totals)
+        return _peak(self, window, recipe)
 
     def block_flops(self) -> int:
         """Forward of one block, per token: 8 d^2 + 4 d f + 4 T d (attention counted in full)."""
         width = self.spec.width
         return 8 * width**2 + 4 * width * self.spec.feedforward + 4 * self.spec.context * width
 
-    def flops(self, window: Window, tokens: int) -> int:
-        """Training on ``tokens`` positions: every block forward, trained blocks twice that backward, the head thrice."""
-        trained = self.table.trained_blocks(window)
-        head = 6 * self.spec.width * self.spec.vocabulary
-        return tokens * ((self.spec.depth + 2 * trained) * self.block_flops() + head)
+    def prefix_flops(self, units: range) -> int:
+        """Forward of frozen units, per token."""
+        return sum(1 <= unit <= self.spec.depth for unit in units) * self.block_flops()
+
+    def window_flops(self, window: Window, recipe: Recipe) -> int:
+        """Of the window, per token: forward, twice that backward, recomputed blocks forward once more; the head alike."""
+        blocks = 3 * self.table.trained_blocks(window) + recipe.recomputed
+        return blocks * self.block_flops() + 6 * self.spec.width * self.spec.vocabulary
+
+    def flops(self, window: Window, tokens: int, recipe: Recipe) -> int:
+        """Training on ``tokens`` positions, every one of them through the prefix."""
+        return tokens * (self.prefix_flops(range(window.first)) + self.window_flops(window, recipe))
+
+
+@lru_cache(maxsize=2**16)
+def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
+    spec, table = costs.spec, costs.table
+    micro_batch = min(recipe.micro_batch, costs.batch)
+    keeps, keeps_head = recipe.keeps_gradients(costs.batch), recipe.keeps_head_gradients(costs.batch, spec.context)
+    tokens = micro_batch * spec.context
+    values = VALUE_BYTES * tokens
+    trained, recomputed = table.trained_blocks(window), min(recipe.recomputed, table.trained_blocks(window))
+    all_gradients, head = table.window_bytes(window), table[spec.depth + 1].bytes
+    optimizer = costs.state_tensors * all_gradients
+    gradients = all_gradients if keeps else head if keeps_head else 0
+    always = TOKEN_BYTES * costs.batch * spec.context  # the batch
+    entry = values * spec.width
+    block = values * costs.kept_per_token()
+    kept = (trained - recomputed) * block + recomputed * entry
+    chunk = recipe.chunk_of(tokens)
+    part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
+    residual = entry + values * spec.feedforward  # gradients of a block's output and of its GELU output
+    matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
+    # fitted by `distfl calibrate`: what matrix products pack their operands into, and holes in the heap
+    scratch = SCRATCH_BYTES + matrix
+    holes = (trained // BLOCKS_PER_HOLE + (recomputed > 0)) * entry
+    at_head = kept + entry * (1 + (chunk < tokens and trained > 0)) + holes
+    backward = residual + matrix + scratch + holes
+    # gradients made in backward, in the order in which they come
+    coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
+
+    def held(units: int) -> int:
+        """Gradients that exist, besides those that are kept, once so many units are through."""
+        return 0 if keeps or recipe.fused_update else sum(coming[:units])
+
+    one = VALUE_BYTES * spec.context
+    widened = 0 if costs.frozen_precision == "fp32" else matrix
+    moments = {
+        "prefix": entry * (window.first > 0) + (one * (3 * spec.width + 2 * spec.feedforward) + widened) * (window.first > 1),
+        "loss": at_head + part + 2 * logits,
+        "head backward": at_head + 2 * part + logits + VALUE_BYTES * spec.width * spec.vocabulary + scratch,
+        "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
+    }
+    if trained > recomputed:
+        moments["first block backward"] = kept + backward + held(1)
+        lowest_kept = recomputed * entry + block
+        moments["last kept block backward"] = lowest_kept + backward + held(trained - recomputed)
+    if recomputed:
+        first = trained - recomputed + 1
+        moments["first recomputation"] = (recomputed - 1) * entry + block + backward + held(first)
+        moments["last recomputation"] = block + backward + held(trained)
+    # every long-lived tensor that is mapped by itself takes a page more than its bytes
+    mapped = sum(VALUE_BYTES * t.elements >= MAPPED_FROM_BYTES for unit in window.units for t in table[unit].tensors)
+    always += PAGE_BYTES * mapped * (1 + costs.state_tensors + keeps)
+    weights = costs.weights(window)
+    fixed = weights + optimizer + gradients
+    totals = {name: fixed + moment + always + costs.margin_bytes for name, moment in moments.items()}
+    return Peak(weights, optimizer, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from distfl import launching
 from distfl.errors import DistflError
@@ -36,7 +37,8 @@ class Finding:
 def examine() -> int:
     """Try everything and print it; returns 0 if all that a run needs works, 1 otherwise."""
     needed: list[Callable[[], Finding]] = [_torch, _memory_meter, _memory_cap, _family, _cache, _mpi]
-    told: list[Callable[[], Finding]] = [_machine, _slurm, _cuda]
+    mechanisms = [partial(_mechanism, name) for name in ("rlimit", "cgroup-v2", "cgroup-v1", "cuda")]
+    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _slurm, _cuda]
     well = True
     for check in [*told[:1], *needed, *told[1:]]:
         finding = _tried(check)
@@ -54,9 +56,13 @@ def _tried(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except DistflError as error:
-        return Finding(check.__name__.strip("_"), False, f"{error.asked}: {error.found}", error.change)
+        return Finding(_name(check), False, f"{error.asked}: {error.found}", error.change)
     except Exception as error:  # a doctor reports whatever happens
-        return Finding(check.__name__.strip("_"), False, f"{type(error).__name__}: {error}", "see the message")
+        return Finding(_name(check), False, f"{type(error).__name__}: {error}", "see the message")
+
+
+def _name(check: Callable[[], Finding]) -> str:
+    return (check.args[0] if isinstance(check, partial) else check.__name__).strip("_")
 
 
 def _machine() -> Finding:
@@ -71,29 +77,54 @@ def _torch() -> Finding:
 
 
 def _memory_meter() -> Finding:
-    import torch
+    from distfl.allocator import exact_allocator
+    from distfl.caps.base import Outcome
+    from distfl.caps.rlimit import Report
 
-    from distfl import memory_cap
-
-    memory_cap.exact_allocator()
-    with memory_cap.Report().imposed(0) as meter:
-        torch.ones(PROOF_BYTES // 4)
-    off = abs(meter.peak_bytes - PROOF_BYTES) / PROOF_BYTES
+    exact_allocator()
+    cap = Report()
+    peak_bytes = cap.run(0, lambda: Outcome([], {"had": cap.take(PROOF_BYTES)})).peak_bytes
     return Finding(
         "peak meter",
-        off < 0.1,
-        f"{PROOF_BYTES / 1e6:.0f} MB allocated, {meter.peak_bytes / 1e6:.1f} MB measured as high-water mark",
+        abs(peak_bytes - PROOF_BYTES) / PROOF_BYTES < 0.1,
+        f"{PROOF_BYTES / 1e6:.0f} MB allocated, {peak_bytes / 1e6:.1f} MB measured as high-water mark",
         "needs /proc/self/clear_refs and /proc/self/status of Linux; some containers hide them",
     )
 
 
-def _memory_cap() -> Finding:
-    from distfl.memory_cap import make_cap
+def _allocator() -> Finding:
+    from distfl import allocator
 
-    cap = make_cap("auto")
-    for budget in (PROOF_BYTES // 4, PROOF_BYTES, PROOF_BYTES * 4):
-        cap.prove(budget)
-    return Finding("memory cap", True, f"{cap.name}: allocations just under 8, 32 and 128 MB succeed, just past them fail")
+    heap = platform.libc_ver()[0] == "glibc"
+    prepared = "ranks restart themselves with it" if not allocator.is_prepared() else "this process has it"
+    return Finding(
+        "allocator",
+        None,
+        f"glibc, one heap per step: {allocator.TUNABLE}, {prepared}"
+        if heap
+        else "not glibc: left as it is, peaks may lie above predictions",
+    )
+
+
+def _memory_cap() -> Finding:
+    from distfl.caps.choice import make_cap
+
+    return Finding("memory cap", True, f"memory.enforce=auto takes {make_cap('auto').name}")
+
+
+def _mechanism(name: str) -> Finding:
+    """One way to enforce a budget: proven at three of them, or why not."""
+    from distfl.caps.choice import make_cap
+
+    label = f"cap {name}"
+    try:
+        cap = make_cap(name)
+        for budget in (PROOF_BYTES // 4, PROOF_BYTES, PROOF_BYTES * 4):
+            cap.prove(budget)
+    except DistflError as error:
+        return Finding(label, None, f"not here: {error.found}\n{'':<21} mend: {error.change}")
+    end = "an allocation past them fails" if cap.in_this_process else "a client that goes past them is killed, its rank lives on"
+    return Finding(label, True, f"just under 8, 32 and 128 MB can be had, {end}")
 
 
 def _family() -> Finding:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from distfl import seeds
+from distfl.allocator import collect_garbage
+from distfl.caps.base import MemoryCap, Outcome, is_allocation_failure, refused_allocation
 from distfl.codecs.base import Codec, frame, load_codec
 from distfl.config import TrainConfig
 from distfl.costs import Costs
 from distfl.errors import NotFinite
-from distfl.memory_cap import Meter, collect_garbage, is_allocation_failure, refused_allocation
+from distfl.features import FeatureFile, FeatureShelf, Prefix
+from distfl.frozen import matrix_bytes, narrow
 from distfl.messages import Assignment, ClientReport, Failure
 from distfl.methods.base import Method, build_model, costs_of, load_method
 from distfl.model import ModelSpec
+from distfl.recipes import Recipe
 from distfl.replica import Replica
 from distfl.shards import ShardIndex
 from distfl.training import Trained, train
 from distfl.transport.base import WORD, Transport
-from distfl.units import Unit, UnitTable
+from distfl.units import UnitTable
 
 NOTHING = np.empty(0, WORD)
 
@@ -37,6 +43,7 @@ class RankState:
     codec: Codec
     costs: Costs
     replica: Replica
+    shelf: FeatureShelf = field(default_factory=FeatureShelf)
 
     @property
     def table(self) -> UnitTable:
@@ -49,61 +56,26 @@ def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shard
     return RankState(transport, config, spec, shards, method, load_codec(config.transport.codec), costs, Replica(costs.table))
 
 
-def try_to_train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor] | None, Trained, Failure | None]:
-    """Train; running into the cap or into numbers that are not finite is a result, any other error is not caught."""
-    try:
-        tensors, trained = _train(state, assignment)
-        return tensors, trained, None
-    except Exception as error:
-        if is_allocation_failure(error):
-            failure = over_cap(assignment, f"in training: {refused_allocation(error)}")
-        elif isinstance(error, NotFinite):
-            failure = Failure("not_finite", error.found)
-        else:
-            raise
+def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list[np.ndarray], ClientReport]:
+    """One client's round under its cap.
+
+    Returns:
+        A block for each unit, empty for those it does not send, and its report. Running into the cap or into
+        numbers that are not finite is a result; any other error is raised.
+    """
+    began = time.monotonic()
+    work = partial(_try_to_work, state, assignment, _feature_files(state, assignment))
+    measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state))
     collect_garbage()
-    return None, Trained(0, 0, None), failure
-
-
-def over_cap(assignment: Assignment, where: str) -> Failure:
-    """The result of a client that needed more than its budget."""
-    return Failure("over_cap", f"over its memory cap of {assignment.memory_bytes} bytes {where}")
-
-
-def _train(state: RankState, assignment: Assignment) -> tuple[dict[str, torch.Tensor], Trained]:
-    """The client's own copy of the model, trained; only its tensors are left when this returns."""
-    model = build_model(state.method, state.spec, state.replica.copy())
-    data = state.shards.train(assignment.client, state.spec.context)
-    with state.method.attached(model, assignment) as parameters:
-        trained = train(model, parameters, assignment.window.first, data, state.config.training, assignment, state.config.seed)
-    tensors = state.method.shared(model)
-    for unit in assignment.window.units:
-        for tensor in state.table[unit].tensors:
-            if not torch.isfinite(tensors[tensor.name]).all():
-                raise NotFinite(f"update of client {assignment.client}", f"{tensor.name} is not finite", "lower training.learning_rate")
-    return tensors, trained
-
-
-def try_to_frame(
-    state: RankState, tensors: dict[str, torch.Tensor] | None, assignment: Assignment, unit: Unit
-) -> tuple[np.ndarray, Failure | None]:
-    """One unit's block; empty where there is nothing to send or no room to encode it."""
-    if tensors is None:
-        return NOTHING, None
-    draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
-    try:
-        return frame(state.codec, state.method.collect(tensors, assignment, unit), assignment.round, assignment.client, draws), None
-    except Exception as error:
-        if not is_allocation_failure(error):
-            raise
-        return NOTHING, over_cap(assignment, f"in encoding {unit.name}")
-
-
-def report_of(
-    state: RankState, assignment: Assignment, meter: Meter, trained: Trained, failure: Failure | None, uploaded: int, seconds: float
-) -> ClientReport:
-    """What the client did, predicted beside measured."""
-    return ClientReport(
+    outcome = measured.outcome
+    if outcome is None:
+        outcome = _left_out(over_cap(assignment, measured.killed))
+    failure = outcome.facts["failure"] and Failure(**outcome.facts["failure"])
+    if failure is None and measured.peak_bytes > assignment.memory_bytes:
+        failure = over_cap(assignment, f"with a peak of {measured.peak_bytes}")
+    blocks = [NOTHING] * len(state.table) if failure else outcome.blocks
+    trained = Trained(**outcome.facts["trained"])
+    report = ClientReport(
         round=assignment.round,
         client=assignment.client,
         ok=failure is None,
@@ -114,19 +86,87 @@ def report_of(
         loss=trained.loss,
         memory_bytes=assignment.memory_bytes,
         predicted_peak_bytes=assignment.predicted_peak_bytes,
-        measured_peak_bytes=meter.peak_bytes,
-        upload_bytes=uploaded,
-        flops=state.costs.flops(assignment.window, trained.sequences * state.spec.context),
-        seconds=seconds,
+        measured_peak_bytes=measured.peak_bytes,
+        upload_bytes=sum(block.nbytes for block in blocks),
+        predicted_flops=assignment.predicted_flops,
+        flops=trained.flops,
+        seconds=time.monotonic() - began,
     )
+    return blocks, report
+
+
+def over_cap(assignment: Assignment, how: str) -> Failure:
+    """The result of a client that needed more than its budget."""
+    return Failure("over_cap", f"over its memory cap of {assignment.memory_bytes} bytes: {how}")
+
+
+def _left_out(failure: Failure) -> Outcome:
+    return Outcome([], {"trained": asdict(Trained(0, 0, 0, None)), "failure": asdict(failure)})
+
+
+def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile]) -> Outcome:
+    """The client's work, wherever the cap has it done."""
+    try:
+        return _work(state, assignment, files)
+    except Exception as error:
+        if is_allocation_failure(error):
+            return _left_out(over_cap(assignment, refused_allocation(error)))
+        if isinstance(error, NotFinite):
+            return _left_out(Failure("not_finite", error.found))
+        raise
+
+
+def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile]) -> Outcome:
+    """Train the client's own copy of what it may train, then encode it unit by unit."""
+    mapped = state.config.levers.mapped_prefix != "off"
+    model = build_model(state.method, state.spec, state.replica.tensors if mapped else state.replica.copy())
+    data = state.shards.train(assignment.client, state.spec.context)
+    with state.method.attached(model, assignment) as parameters:
+        for parameter in parameters if mapped else ():
+            parameter.data = parameter.data.clone()  # what does not train stays where the node holds it
+        narrow(model, assignment.window, state.config.levers.frozen_precision)
+        prefix = Prefix(model, assignment.window.first, files)
+        trained = train(model, parameters, data, state.config.training, assignment, prefix, state.costs, state.config.seed)
+    tensors = state.method.shared(model)
+    blocks = []
+    for unit in state.table:
+        draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
+        pieces = state.method.collect(tensors, assignment, unit)
+        for piece in pieces:
+            if not torch.isfinite(piece.values).all():
+                raise NotFinite(f"update of client {assignment.client}", f"{piece.name} is not finite", "lower training.learning_rate")
+        blocks.append(frame(state.codec, pieces, assignment.round, assignment.client, draws))
+    return Outcome(blocks, {"trained": asdict(trained), "failure": None})
+
+
+def _charged_bytes(state: RankState, assignment: Assignment) -> int:
+    """Weights that the client uses where the node holds them: no limit on private memory sees them."""
+    if state.config.levers.mapped_prefix == "off":
+        return 0
+    frozen = state.table.bytes - state.method.trained_bytes(assignment.window, state.table)
+    if state.config.levers.frozen_precision == "fp32":
+        return frozen
+    return frozen - matrix_bytes(state.table, assignment.window)  # narrowed copies are the client's own
+
+
+def _feature_files(state: RankState, assignment: Assignment) -> dict[int, FeatureFile]:
+    """Where outputs of the client's frozen units are kept: of those that never change, and of its whole prefix
+    if it sees a sequence more than once in this round. The embedding alone is not worth it."""
+    if state.config.levers.prefix_features == "off":
+        return {}
+    training, first = state.config.training, assignment.window.first
+    rows = len(state.shards.train(assignment.client, state.spec.context))
+    again = training.epochs > 1 if training.epochs is not None else training.steps * min(training.batch, rows) > rows
+    levels = {min(assignment.stable_units, first), *([first] if again else [])}
+    versions = state.replica.versions
+    return state.shelf.files(assignment.client, sorted(levels - {0, 1}), rows, state.spec.context, state.spec.width, versions)
 
 
 def rehearse(state: RankState) -> None:
-    """One step and one update of a two-block model of the same width, through the very code of a round: library
-    pages, kernels' caches and whatever else is made at the first use belong to the baseline, not to the first client."""
+    """Small rounds of a two-block model of the same width, with every lever and without: library pages, kernels'
+    caches and whatever else is made at the first use belong to the baseline, not to the first client. By single
+    sequences: what stays of it may lie at the heap's end, with all that was freed below it."""
     training = replace(state.config.training, epochs=None, steps=1)
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
-    assignment = Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, learning_rate=0.0)
-    tensors, _ = _train(small, assignment)
-    for unit in small.table:
-        try_to_frame(small, tensors, assignment, unit)
+    for recipe in (Recipe(1), Recipe(1, max(1, state.spec.context // 2), 1)):
+        _work(small, Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, 0, recipe, learning_rate=0.0), {})

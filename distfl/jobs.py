@@ -6,7 +6,8 @@ so that bad input costs no tokenising.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from distfl.config import TrainConfig
 from distfl.corpora import cache_folder, read
@@ -36,7 +37,12 @@ class Job:
 
     def workload(self, round: int) -> Workload:
         """Formulas and learning rate of one round at the chosen depth."""
-        return workload(self.config, self.method, self.spec, round)
+        return replace(workload(self.config, self.method, self.spec, round), stable_units=self.stable_units)
+
+    @cached_property
+    def stable_units(self) -> int:
+        """Leading units that nobody trains in this run."""
+        return self.method.stable_units(self.clients, workload(self.config, self.method, self.spec, 1))
 
 
 def prepare(config: TrainConfig) -> Job:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from distfl import allocator
 from distfl.errors import EXIT_REQUEUE, ConfigError, TransportError
 from distfl.signals import StopRequest
 
@@ -82,6 +83,8 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
         flags += ["--map-by", ":OVERSUBSCRIBE"]
     for variable in ONE_THREAD:
         flags += ["-x", f"{variable}={threads_per_rank()}"]
+    for name, value in allocator.environment().items():
+        flags += ["-x", f"{name}={value}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
     flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from distfl.recipes import Recipe
 from distfl.units import Window
 
 Region = None | np.ndarray | tuple[np.ndarray, np.ndarray]
@@ -41,7 +42,10 @@ class Assignment:
         weight: of its update in the mean.
         memory_bytes: its cap, above the process's baseline.
         predicted_peak_bytes: what the planner expects it to use of it.
+        predicted_flops: of its training, every sequence through all units.
+        recipe: how it computes its steps.
         learning_rate: of this round.
+        stable_units: leading units that no client ever trains in this run.
         detail: what else the method wants its clients to know.
     """
 
@@ -51,7 +55,10 @@ class Assignment:
     weight: float
     memory_bytes: int
     predicted_peak_bytes: int
+    predicted_flops: int
+    recipe: Recipe
     learning_rate: float
+    stable_units: int = 0
     detail: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict:
@@ -59,8 +66,8 @@ class Assignment:
 
     @staticmethod
     def from_json(values: dict) -> Assignment:
-        window = values["window"]
-        return Assignment(**values | {"window": None if window is None else Window(*window)})
+        window = None if values["window"] is None else Window(*values["window"])
+        return Assignment(**values | {"window": window, "recipe": Recipe(**values["recipe"])})
 
 
 Cause = Literal["over_cap", "not_finite", "no_window"]
@@ -86,7 +93,8 @@ class ClientReport:
         loss: mean training loss in nats per token; None where it did not finish a step.
         memory_bytes: the cap. predicted_peak_bytes, measured_peak_bytes: above the baseline.
         upload_bytes: messages handed to the transport, headers included.
-        flops: floating-point operations of its training (analytic, multiply-add = 2).
+        predicted_flops, flops: floating-point operations of its training, planned and counted as they were done
+            (analytic, multiply-add = 2); fewer where features of the frozen units were kept.
     """
 
     round: int
@@ -101,8 +109,17 @@ class ClientReport:
     predicted_peak_bytes: int
     measured_peak_bytes: int
     upload_bytes: int
+    predicted_flops: int
     flops: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """How a rank came up: CPU seconds from its process's start until it was ready; the cap it proved, "" on the server."""
+
+    cpu_seconds: float
+    cap: str
 
 
 @dataclass(frozen=True)

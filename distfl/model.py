@@ -74,6 +74,27 @@ class Stem(nn.Module):
         return self.token(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T) -> (B, T, d)
 
 
+class _Gelu(torch.autograd.Function):
+    """Tanh-approximated GELU whose gradient takes the place of the gradient it is made from, which is nobody else's:
+    a tensor of the same size beside it would find no room in the heap but at its end."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
+
+
+def _sum(branch: Tensor, residual: Tensor) -> Tensor:
+    """Of (N, d) rows, in the branch's place: a tensor of its own would leave a hole in the heap behind every branch.
+    Not under autocast, where the branch has fewer bits."""
+    return branch.add_(residual) if branch.dtype == residual.dtype else branch + residual
+
+
 class Block(nn.Module):
     """Causal self-attention and feed-forward layer, each on a normalised residual branch."""
 
@@ -89,8 +110,10 @@ class Block(nn.Module):
         self.fc2 = Linear(spec.feedforward, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.proj(self._attend(self.qkv(self.norm1(x))))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # (B, T, f) inside
+        rows = x.flatten(0, 1)  # (N, d), N = B T; on views of (B, T, d) autograd would copy what is added in place
+        rows = _sum(self.proj(self._attend(self.qkv(self.norm1(x))).flatten(0, 1)), rows)
+        rows = _sum(self.fc2(_Gelu.apply(self.fc1(self.norm2(rows)))), rows)  # (N, f) inside
+        return rows.view_as(x)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         batch, length, triple = qkv.shape
@@ -133,14 +156,17 @@ class TinyTransformer(nn.Module):
         Returns:
             (B, T, V) float logits.
         """
-        layers = [self.embedding, *self.blocks]
         with torch.no_grad():
             x = tokens
-            for layer in layers[:frozen_units]:
+            for layer in self.trunk()[:frozen_units]:
                 x = layer(x)
-        for layer in layers[frozen_units:]:
+        for layer in self.trunk()[frozen_units:]:
             x = layer(x)
         return self.head(x)
+
+    def trunk(self) -> list[nn.Module]:
+        """All units but the head, in order."""
+        return [self.embedding, *self.blocks]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every parameter by name, detached, sharing memory with the model."""

@@ -18,19 +18,16 @@ from torch.optim.sgd import sgd
 class AdamW:
     """Decoupled weight decay Adam (Loshchilov and Hutter 2019), fused: no temporaries.
 
-    State (two tensors like each parameter) is made at the first step.
+    State: two tensors like each parameter.
     """
 
     def __init__(self, parameters: Sequence[Tensor], betas: tuple[float, float], weight_decay: float, epsilon: float = 1e-8):
         self.parameters, self.betas, self.weight_decay, self.epsilon = list(parameters), betas, weight_decay, epsilon
-        self.means: list[Tensor] = []
-        self.squares: list[Tensor] = []
+        self.means = [torch.zeros_like(p) for p in self.parameters]
+        self.squares = [torch.zeros_like(p) for p in self.parameters]
         self.steps = [torch.zeros(()) for _ in self.parameters]
 
     def step(self, learning_rate: float) -> None:
-        if not self.means:
-            self.means = [torch.zeros_like(p) for p in self.parameters]
-            self.squares = [torch.zeros_like(p) for p in self.parameters]
         with torch.no_grad():
             adamw(
                 self.parameters,
@@ -55,7 +52,7 @@ class SGD:
 
     def __init__(self, parameters: Sequence[Tensor], momentum: float, weight_decay: float):
         self.parameters, self.momentum, self.weight_decay = list(parameters), momentum, weight_decay
-        self.buffers: list[Tensor | None] = [None] * len(self.parameters)
+        self.buffers = [torch.zeros_like(p) if momentum else None for p in self.parameters]
 
     def step(self, learning_rate: float) -> None:
         with torch.no_grad():

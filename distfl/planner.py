@@ -10,7 +10,7 @@ dropping clients is allowed; then a dropped client counts as 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distfl.costs import Cost
@@ -29,8 +29,19 @@ def fits(cost: Cost, budget: Budget) -> bool:
     )
 
 
+def cheapest(costs: Iterable[Cost], budget: Budget) -> Cost:
+    """Of one window's costs, cheapest in time first: the first that fits a budget, else the one with the lowest peak."""
+    leanest = None
+    for cost in costs:
+        if fits(cost, budget):
+            return cost
+        if leanest is None or cost.peak.bytes < leanest.peak.bytes:
+            leanest = cost
+    return leanest
+
+
 def widest(client: Client, depth: int, cost_of: CostOf) -> int:
-    """t_c: the most last blocks this client can train; 0 where not even one."""
+    """t_c: the most last blocks this client can train, with the levers it may use; 0 where not even one."""
     return next((blocks for blocks in range(depth, 0, -1) if fits(cost_of(client, blocks), client.budget)), 0)
 
 

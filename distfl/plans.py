@@ -5,6 +5,7 @@ from __future__ import annotations
 from distfl.fleet import GIGA, MEGA, Client
 from distfl.jobs import Job
 from distfl.messages import Assignment
+from distfl.recipes import Recipe
 from distfl.reporting import block_range, table
 
 
@@ -54,15 +55,18 @@ def _groups(job: Job) -> str:
             "first MB",
             "GFLOP",
             "of",
+            "time",
+            "how",
         ]
     ]
     for group, entries in members.items():
         client, assignment = entries[-1]
         budget, window = client.budget, assignment.window
         if window is None:
-            rows.append([group, str(len(entries)), "0", "sits out", "-", _mega(budget.memory_bytes), *["-"] * 7])
+            rows.append([group, str(len(entries)), "0", "sits out", "-", _mega(budget.memory_bytes), *["-"] * 9])
             continue
-        cost = job.method.cost(client, window, workload)
+        cost = job.method.cost_by(client, window, assignment.recipe, workload)
+        plain = job.method.cost_by(client, window, Recipe(client.rows), workload)
         counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
         rows.append(
             [
@@ -79,19 +83,24 @@ def _groups(job: Job) -> str:
                 f"{units.bytes / MEGA:.3f}",
                 f"{cost.flops / GIGA:.1f}",
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
+                f"x {cost.flops / plain.flops:.2f}",
+                assignment.recipe.describe(workload.costs_for(client).batch),
             ]
         )
-    return f"{table(rows)}\nall figures per client and round, of each group's client with most data; first: its first model, once"
+    return (
+        f"{table(rows)}\nall figures per client and round, of each group's client with most data; first: its first model, once; "
+        "time: FLOPs over those of the same window without levers"
+    )
 
 
 def _parts(job: Job) -> str:
     """The terms of each group's predicted peak."""
-    rows = [["predicted peak, MB", "weights", "optimizer", "activations", "transient", "margin", "total", "fullest moment"]]
+    rows = [["predicted peak, MB", "weights", "optimizer", "gradients", "activations", "transient", "margin", "total", "fullest moment"]]
     for group, entries in _members(job).items():
         client, assignment = entries[-1]
         if assignment.window is not None:
-            peak = job.method.cost(client, assignment.window, job.workload(1)).peak
-            parts = (peak.weights, peak.optimizer, peak.activations, peak.transient, peak.margin, peak.bytes)
+            peak = job.method.cost_by(client, assignment.window, assignment.recipe, job.workload(1)).peak
+            parts = (peak.weights, peak.optimizer, peak.gradients, peak.activations, peak.transient, peak.margin, peak.bytes)
             rows.append([group, *map(_mega, parts), max(peak.moments, key=peak.moments.get)])
     return table(rows)
 

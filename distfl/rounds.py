@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING
 
 from distfl import settings
 from distfl.aggregation import UnitMean
+from distfl.caps.base import MemoryCap
+from distfl.caps.choice import make_cap
 from distfl.checkpoints import ServerState
 from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
 from distfl.errors import DistflError, StartError
 from distfl.fleet import participants, waves_of
-from distfl.hosting import NOTHING, RankState, over_cap, rank_state, rehearse, report_of, try_to_frame, try_to_train
-from distfl.memory_cap import MemoryCap, Report, make_cap
-from distfl.messages import Assignment, ClientReport, RoundRecord, RoundResult, Score
+from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
+from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
 from distfl.methods.base import build_model
 from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
@@ -47,11 +48,11 @@ if TYPE_CHECKING:
 # --- introduction and proof ------------------------------------------------------------------
 
 
-def introduce(job: Job, state: RankState) -> list[float]:
+def introduce(job: Job, state: RankState) -> list[RankStart]:
     """Server: tell every rank what this run is.
 
     Returns:
-        CPU seconds that each rank has used from its process's start until it was ready, by rank.
+        How each rank came up.
 
     Raises:
         StartError: a rank could not prove its cap or read its data; all ranks have been told that there will be no run.
@@ -61,13 +62,13 @@ def introduce(job: Job, state: RankState) -> list[float]:
     transport.broadcast_value(
         {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets}
     )
-    ready = transport.gather({"cpu_seconds": time.process_time(), "failure": None})
+    ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None})
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
     transport.broadcast_value(not failed)
     if failed:
         rank, (kind, asked, found, change) = next(iter(failed.items()))
         raise StartError(f"{asked} (rank {rank}, the first of {sorted(failed)} that fail)", f"{kind}: {found}", change)
-    return [round(message["cpu_seconds"], 3) for message in ready]
+    return [RankStart(round(message["cpu_seconds"], 3), message["cap"]) for message in ready]
 
 
 def refuse(transport: Transport) -> None:
@@ -85,10 +86,10 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     failure, cap = None, None
     try:
         cap = make_cap(config.memory.enforce)
-        with Report().imposed(0):
-            rehearse(state)
         for budget in message["budgets"]:
             cap.prove(budget)
+        if cap.in_this_process:  # else every client's process rehearses for itself
+            rehearse(state)
     except DistflError as error:
         failure = [type(error).__name__, error.asked, error.found, error.change]
     except OSError as error:  # the token shards, or /proc
@@ -98,7 +99,7 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
             str(error),
             "set data.cache to a folder that all nodes see",
         ]
-    transport.gather({"cpu_seconds": time.process_time(), "failure": failure})
+    transport.gather({"cpu_seconds": time.process_time(), "cap": cap.name if cap else "", "failure": failure})
     return (state, cap) if transport.broadcast_value() else None
 
 
@@ -255,6 +256,7 @@ def _sits_out(assignment: Assignment) -> ClientReport:
         predicted_peak_bytes=0,
         measured_peak_bytes=0,
         upload_bytes=0,
+        predicted_flops=0,
         flops=0,
         seconds=0.0,
     )
@@ -331,21 +333,11 @@ def _idle(state: RankState) -> None:
 
 
 def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
-    """One client's round under its cap: train, then send unit by unit."""
-    transport, began, uploaded = state.transport, time.monotonic(), 0
-    with cap.imposed(assignment.memory_bytes) as meter:
-        tensors, trained, failure = try_to_train(state, assignment)
-        if failure is None and meter.read() > assignment.memory_bytes:
-            tensors, failure = None, over_cap(assignment, f"with a resident peak of {meter.peak_bytes}")
-        seconds = time.monotonic() - began
-        for unit in state.table:
-            block, problem = try_to_frame(state, tensors, assignment, unit)
-            failure = failure or problem
-            uploaded += block.nbytes
-            with meter.paused():
-                transport.gather_blocks(block)
-        del tensors, block
-    transport.gather(asdict(report_of(state, assignment, meter, trained, failure, uploaded, seconds)))
+    """One client's round under its cap, then its update unit by unit."""
+    blocks, report = host(state, cap, assignment)
+    for block in blocks:
+        state.transport.gather_blocks(block)
+    state.transport.gather(asdict(report))
 
 
 def _distribute_to_client(state: RankState) -> None:

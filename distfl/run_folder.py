@@ -29,7 +29,7 @@ from distfl.files import sha256, write_atomically, write_json
 if TYPE_CHECKING:
     from distfl.fleet import Client
     from distfl.jobs import Job
-    from distfl.messages import RoundResult
+    from distfl.messages import RankStart, RoundResult
 
 LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
 LOCK = ".lock"
@@ -182,7 +182,7 @@ class RunFolder:
                 "restore what it began with",
             )
 
-    def begin(self, job: Job, mpi: str, enforced_by: str, start_up_cpu_seconds: list[float], resumed_at: int | None) -> None:
+    def begin(self, job: Job, mpi: str, ranks: list[RankStart], resumed_at: int | None) -> None:
         """Write config and manifest; of a resumed run, cut the line files back to the checkpoint that is continued from."""
         manifest_file, starts = self.path / "manifest.json", []
         if resumed_at is not None:
@@ -194,13 +194,13 @@ class RunFolder:
             "python": platform.python_version(),
             "torch": version("torch"),
             "mpi": mpi,
-            "ranks": len(start_up_cpu_seconds),
+            "ranks": len(ranks),
             "host": socket.gethostname(),
             "command": sys.argv,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "resumed_after_round": resumed_at,
-            "memory_enforced_by": enforced_by,
-            "start_up_cpu_seconds_by_rank": start_up_cpu_seconds,
+            "memory_enforced_by": " and ".join(sorted({rank.cap for rank in ranks if rank.cap})),
+            "start_up_cpu_seconds_by_rank": [rank.cpu_seconds for rank in ranks],
         }
         groups = {client.name: client.group for client in job.clients}
         write_json(manifest_file, _origin(job) | {"family": str(job.family.folder), "groups": groups, "starts": [*starts, start]})

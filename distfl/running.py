@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from distfl import checkpoints, settings
+from distfl.allocator import exact_allocator
 from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
 from distfl.files import write_atomically
 from distfl.hosting import RankState, rank_state
 from distfl.launching import say, threads_per_rank
-from distfl.memory_cap import exact_allocator, make_cap
 from distfl.messages import Score
 from distfl.model import ModelSpec, from_tensors
 from distfl.rounds import dismiss, introduce, join, refuse, serve, work
@@ -95,7 +95,6 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         if config.transport.name not in ("auto", mpi if mpi == "local" else "mpi"):
             raise ConfigError(f"transport.name = {config.transport.name}", "MPI started the ranks", "set transport.name=auto")
         folder.check(options.resume)
-        cap = make_cap(config.memory.enforce)
         say(f"reading the data ({config.data.corpus}) and choosing the depth")
         job = prepare(config)
         if options.resume:
@@ -105,8 +104,8 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
             server = _server_state(job, state, folder, options.resume)
             say(f"depth {job.selection.depth}, {len(job.clients)} clients; proving the memory caps")
             introduced = True
-            cpu_seconds = introduce(job, state)
-            folder.begin(job, mpi, cap.name, cpu_seconds, server.round if options.resume else None)
+            ranks = introduce(job, state)
+            folder.begin(job, mpi, ranks, server.round if options.resume else None)
             return _serve_to_the_end(job, state, server, folder, stop)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)

@@ -126,6 +126,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, key)
     if origin is Literal:
+        if isinstance(value, bool) and "on" in arguments:  # YAML 1.1 reads on and off as true and false
+            value = "on" if value else "off"
         if value not in arguments:
             raise ConfigError(
                 f"{key} = {value!r}",

@@ -5,6 +5,11 @@ from __future__ import annotations
 import signal
 
 
+def hold_signals() -> None:
+    """Keep SIGUSR1 waiting until a ``StopRequest`` takes it, also across a restart of this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
 class StopRequest:
     """Made true by SIGUSR1: checkpoint at the next round boundary and leave with the requeue code.
 
@@ -14,6 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._requested = False
         signal.signal(signal.SIGUSR1, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _note(self, number: int, frame: object) -> None:
         self._requested = True

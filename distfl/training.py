@@ -11,20 +11,25 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from distfl import seeds
+from distfl.allocator import one_heap
 from distfl.config import TrainingConfig
+from distfl.costs import Costs
 from distfl.errors import NotFinite
+from distfl.features import Prefix
 from distfl.messages import Assignment, Score
 from distfl.model import IGNORED_TARGET, TinyTransformer, next_token_loss
 from distfl.optimizers import SGD, AdamW, clip_gradients
 from distfl.shards import Sequences
+from distfl.steps import add_gradients, count_targets
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training did: steps taken, sequences seen (repetitions count), mean loss in nats per token."""
+    """What local training did: steps taken, sequences seen (repetitions count), FLOPs, mean loss in nats per token."""
 
     steps: int
     sequences: int
+    flops: int
     loss: float | None
 
 
@@ -71,53 +76,90 @@ def batches(config: TrainingConfig, rows: int, seed: int, round: int, client: in
 def train(
     model: TinyTransformer,
     parameters: list[Parameter],
-    frozen_units: int,
     data: Sequences,
     config: TrainingConfig,
     assignment: Assignment,
+    prefix: Prefix,
+    costs: Costs,
     seed: int,
 ) -> Trained:
-    """Local steps of one client in one round.
+    """Local steps of one client in one round, computed by its assignment's recipe.
 
     Args:
         parameters: what the optimiser may touch.
-        frozen_units: leading units that run without gradient.
+        prefix: the frozen units below the window.
+        costs: to count FLOPs with.
 
     Raises:
         NotFinite: the loss is not a number.
     """
-    optimizer = optimizer_for(config, parameters)
+    step = _Step(model, parameters, config, assignment, prefix, len(data))
     total, steps, sequences = 0.0, 0, 0
-    for rows in batches(config, len(data), seed, assignment.round, assignment.client):
-        loss = _step(model, parameters, frozen_units, data.batch(rows), config, optimizer, assignment.learning_rate)
-        steps, sequences, total = steps + 1, sequences + len(rows), total + loss
-        if not math.isfinite(loss):
-            raise NotFinite(
-                f"training of client {assignment.client}",
-                f"loss {loss} at step {steps}",
-                "lower training.learning_rate or set training.clip_norm",
-            )
-    return Trained(steps, sequences, total / steps if steps else None)
+    with one_heap():
+        for rows in batches(config, len(data), seed, assignment.round, assignment.client):
+            loss = step(rows, *data.batch(rows))
+            steps, sequences, total = steps + 1, sequences + len(rows), total + loss
+            if not math.isfinite(loss):
+                raise NotFinite(
+                    f"training of client {assignment.client}",
+                    f"loss {loss} at step {steps}",
+                    "lower training.learning_rate or set training.clip_norm",
+                )
+    context = data.context
+    flops = sequences * context * costs.window_flops(assignment.window, assignment.recipe)
+    flops += context * sum(count * costs.prefix_flops(units) for units, count in prefix.computed.items())
+    return Trained(steps, sequences, flops, total / steps if steps else None)
 
 
-def _step(
-    model: TinyTransformer,
-    parameters: list[Parameter],
-    frozen_units: int,
-    batch: tuple[Tensor, Tensor],
-    config: TrainingConfig,
-    optimizer: AdamW | SGD,
-    rate: float,
-) -> float:
-    inputs, targets = batch
-    loss = next_token_loss(model(inputs, frozen_units), targets)
-    loss.backward()
-    if config.clip_norm is not None:
-        clip_gradients(parameters, config.clip_norm)
-    optimizer.step(rate)
-    for parameter in parameters:
-        parameter.grad = None
-    return loss.item()
+class _Step:
+    """One optimiser step; what outlives it is made here, before the first activation exists."""
+
+    def __init__(
+        self, model: TinyTransformer, parameters: list[Parameter], config: TrainingConfig, assignment: Assignment, prefix: Prefix, rows: int
+    ):
+        self._model, self._parameters, self._config, self._assignment, self._prefix = model, parameters, config, assignment, prefix
+        trained = {id(parameter) for parameter in parameters}
+        layers = [*model.trunk(), model.head]
+        by_unit = {unit: [p for p in layer.parameters() if id(p) in trained] for unit, layer in enumerate(layers)}
+        self._optimizers = {unit: optimizer_for(config, own) for unit, own in by_unit.items() if own}
+        batch, recipe = min(config.batch, rows), assignment.recipe
+        head = len(layers) - 1
+        kept = (
+            set(by_unit) if recipe.keeps_gradients(batch) else {head} if recipe.keeps_head_gradients(batch, model.spec.context) else set()
+        )
+        self._units_with_kept_gradients = kept
+        for unit in kept:
+            for parameter in by_unit[unit]:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def __call__(self, rows: list[int], inputs: Tensor, targets: Tensor) -> float:
+        """Returns the loss in nats per target."""
+        recipe, first = self._assignment.recipe, self._assignment.window.first
+        loss, scale = 0.0, 1 / max(1, count_targets(targets))
+        for start in range(0, len(rows), recipe.micro_batch):
+            part = slice(start, start + recipe.micro_batch)
+            features = self._prefix(rows[part], inputs[part])
+            loss += add_gradients(self._model, first, features, targets[part], scale, recipe, self._unit_done)
+            del features
+        if not recipe.fused_update:
+            if self._config.clip_norm is not None:
+                clip_gradients(self._parameters, self._config.clip_norm)
+            for unit in self._optimizers:
+                self._update(unit)
+        return loss
+
+    def _unit_done(self, unit: int) -> None:
+        if self._assignment.recipe.fused_update and unit in self._optimizers:
+            self._update(unit)
+
+    def _update(self, unit: int) -> None:
+        optimizer = self._optimizers[unit]
+        optimizer.step(self._assignment.learning_rate)
+        for parameter in optimizer.parameters:
+            if unit in self._units_with_kept_gradients:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
 
 def evaluate(model: TinyTransformer, batches_of_text: Iterable[tuple[Tensor, Tensor]]) -> Score:

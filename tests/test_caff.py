@@ -1,5 +1,6 @@
 """CAFF: windows under budgets, both averaging rules by hand, and what every merge must keep."""
 
+import json
 from dataclasses import replace
 from itertools import permutations
 
@@ -8,34 +9,38 @@ import torch
 from helpers import model, same_bits, weights
 
 from distfl.aggregation import UnitMean
-from distfl.config import TrainingConfig
+from distfl.config import LeversConfig, TrainingConfig
 from distfl.costs import Costs
 from distfl.errors import ConfigError
 from distfl.fleet import Budget, Client
 from distfl.messages import Assignment
 from distfl.methods.base import Workload, load_method, table_of
 from distfl.model import ModelSpec
+from distfl.recipes import Recipe, candidates
 from distfl.units import Window
 
 SPEC = ModelSpec(depth=3, width=4, heads=2, context=3, vocabulary=5)
 CAFF = load_method("caff", {})
 RULES = {rule: load_method("caff", {"averaging": rule}) for rule in ("contributors", "participation")}
 TABLE = table_of(CAFF, SPEC)
-WORK = Workload(Costs(TABLE, 2, 2), TrainingConfig(batch=2, epochs=1), learning_rate=0.25)
+OFF = LeversConfig("off", "off", "off", "off")
+WORK = Workload(Costs(TABLE, 2, 2), TrainingConfig(batch=2, epochs=1), OFF, learning_rate=0.25)
+AUTO = replace(WORK, levers=LeversConfig())
+PLAIN = Recipe(2)
 UNLIMITED = Budget(10**12, None, None)
 
 
-def peak(blocks: int, batch: int = 2) -> int:
-    return replace(WORK.costs, batch=batch).peak(TABLE.suffix(blocks)).bytes
+def peak(blocks: int, batch: int = 2, recipe: Recipe = PLAIN) -> int:
+    return replace(WORK.costs, batch=batch).peak(TABLE.suffix(blocks), recipe).bytes
 
 
 def client(id: int, budget: Budget = UNLIMITED, rows: int = 2, group: str = "g") -> Client:
     return Client(id, f"c{id}", group, budget, rows)
 
 
-def planned(method, clients, limits=None) -> dict[int, int]:
+def planned(method, clients, limits=None, work=WORK) -> dict[int, int]:
     """Client -> trained blocks; 0 = sits out."""
-    plan = method.plan(1, clients, WORK, limits or {})
+    plan = method.plan(1, clients, work, limits or {})
     assert [assignment.client for assignment in plan] == [member.id for member in clients]
     return {a.client: 0 if a.window is None else TABLE.trained_blocks(a.window) for a in plan}
 
@@ -103,10 +108,62 @@ def test_steps_limit_the_data_that_flops_are_counted_for():
 
 
 def test_an_assignment_carries_budget_prediction_weight_and_rate():
-    found = CAFF.plan(7, [client(4, Budget(peak(2) + 5, None, None), rows=9)], WORK, {})[0]
-    assert found == Assignment(7, 4, Window(2, 5), 9.0, peak(2) + 5, peak(2), 0.25)
+    # 9 rows * 3 tokens, F = 432, head 120 (see above): 27 * ((3 + 2 * 2) * 432 + 120) = 84 888
+    work = replace(WORK, stable_units=2)
+    found = CAFF.plan(7, [client(4, Budget(peak(2) + 5, None, None), rows=9)], work, {})[0]
+    assert found == Assignment(7, 4, Window(2, 5), 9.0, peak(2) + 5, peak(2), 84888, PLAIN, 0.25, stable_units=2)
     assert RULES["participation"].plan(7, [client(4, rows=9)], WORK, {})[0].weight == 1.0
-    assert Assignment.from_json(found.to_json()) == found
+    assert Assignment.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_client_that_sits_out_costs_nothing_and_computes_nothing():
+    found = CAFF.plan(7, [client(4, Budget(1, None, None), rows=9)], WORK, {})[0]
+    assert (found.window, found.predicted_peak_bytes, found.predicted_flops, found.weight) == (None, 0, 0, 9.0)
+    assert Assignment.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def leanest(blocks: int) -> int:
+    """Lowest peak of all recipes."""
+    return min(peak(blocks, recipe=recipe) for recipe in candidates(AUTO.levers, AUTO.training, 2, blocks))
+
+
+def test_levers_admit_more_blocks_to_the_byte():
+    for blocks in (1, 2, 3):
+        assert leanest(blocks) < peak(blocks)
+        budget = Budget(leanest(blocks), None, None)
+        assert planned(CAFF, [client(0, budget)], work=AUTO) == {0: blocks}
+        assert planned(CAFF, [client(0, replace(budget, memory_bytes=budget.memory_bytes - 1))], work=AUTO) == {0: blocks - 1}
+
+
+def test_the_recipe_is_the_cheapest_in_time_that_fits():
+    work = replace(AUTO, training=TrainingConfig(batch=2, epochs=1, clip_norm=None))
+    everything = list(candidates(work.levers, work.training, 2, 3))
+    assert everything[0] == PLAIN
+    leaner = [r for i, r in enumerate(everything) if all(peak(3, recipe=r) < peak(3, recipe=earlier) for earlier in everything[:i])]
+    assert len(leaner) >= 3 and any(recipe.fused_update for recipe in leaner)
+    for recipe in leaner:  # each is the first in time with so low a peak
+        found = CAFF.plan(1, [client(0, Budget(peak(3, recipe=recipe), None, None))], work, {})[0]
+        assert (found.window, found.recipe, found.predicted_peak_bytes) == (Window(1, 5), recipe, peak(3, recipe=recipe))
+
+
+def test_recomputation_counts_its_flops_against_the_budget():
+    # 2 rows * 3 tokens, F = 432, head 120: 6 * ((3 + 2 * 3) * 432 + 120) = 24 048; each recomputed block 6 * 432 = 2 592 more
+    on = replace(WORK, levers=replace(OFF, recompute="on"))
+    memory = peak(3, recipe=Recipe(2, recomputed=3))
+    for more, blocks in ((7776, 3), (7775, 2)):
+        member = client(0, Budget(10**12, None, 24048 + more))
+        assert planned(CAFF, [member], work=on) == {0: blocks}
+    found = CAFF.plan(1, [client(0, Budget(memory, None, None))], on, {})[0]
+    assert (found.recipe, found.predicted_peak_bytes, found.predicted_flops) == (Recipe(2, recomputed=3), memory, 24048 + 7776)
+
+
+def test_units_below_every_window_are_stable():
+    exact = [client(i, Budget(peak(blocks), None, None)) for i, blocks in enumerate((1, 2))]
+    assert CAFF.stable_units(exact, WORK) == 2  # embedding and block 0; client 1 trains blocks 1 and 2
+    assert CAFF.stable_units(exact[:1], WORK) == 3
+    assert CAFF.stable_units([*exact, client(2)], WORK) == 1
+    assert CAFF.stable_units([*exact, client(2, Budget(1, None, None))], WORK) == 2  # who sits out trains nothing
+    assert CAFF.stable_units([client(2, Budget(1, None, None))], WORK) == 0
 
 
 def test_limits_shrink_windows_and_can_end_participation():
@@ -121,13 +178,17 @@ def test_extra_blocks_widen_a_groups_windows_up_to_the_depth():
     assert planned(method, clients) == {0: 3, 1: 2, 2: 3, 3: 0}  # nobody who cannot train at all is pushed
     bold = method.plan(1, clients, WORK, {})[0]
     assert bold.predicted_peak_bytes == peak(3) > bold.memory_bytes == peak(2)
+    lean = client(4, Budget(leanest(2), None, None), group="bold")
+    pushed, own = method.plan(1, [lean], AUTO, {})[0], CAFF.plan(1, [lean], AUTO, {})[0]
+    assert pushed.window == Window(1, 5) and own.window == Window(2, 5)
+    assert pushed.recipe == own.recipe and pushed.predicted_peak_bytes > pushed.memory_bytes  # no levers of their own
     assert planned(method, clients, {0: 2})[0] == 2  # what was learnt from running into the cap stands above it
 
 
 def test_select_takes_the_depth_that_trains_most():
     works = {depth: replace(WORK, costs=Costs(table_of(CAFF, replace(SPEC, depth=depth)), 2, 2)) for depth in (1, 2, 3)}
     assert CAFF.select([client(0)], works).depth == 3
-    weak = client(1, Budget(works[1].costs.peak(works[1].costs.table.suffix(1)).bytes, None, None))
+    weak = client(1, Budget(works[1].costs.peak(works[1].costs.table.suffix(1), PLAIN).bytes, None, None))
     chosen = CAFF.select([client(0), weak], works)
     assert (chosen.depth, chosen.blocks) == (1, {0: 1, 1: 1})
     chosen = load_method("caff", {"allow_dropping": True}).select([client(0), weak], works)

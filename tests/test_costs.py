@@ -1,25 +1,31 @@
 """Costs: the worked example, the formulas against counts made by PyTorch, and the predicted peak against the measured one."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from distfl import allocator
 from distfl import model as model_module
-from distfl.costs import Costs
+from distfl.costs import BLOCKS_PER_HOLE, SCRATCH_BYTES, Costs
 from distfl.model import ModelSpec, from_tensors, initial_tensors, next_token_loss
+from distfl.recipes import Recipe
+from distfl.steps import add_gradients, features_of
 from distfl.units import UnitTable, Window, freeze_outside
 
 MEGA = 10**6
+PLAIN = Recipe(10**6)  # any batch at once
 
 # Peak in MB (10^6) for d=256, 8 heads, T=128, B=32, AdamW, V=96. W weights, S = 2 per trained value, A kept activations,
 # X = 4 N (d + f) = 4 * 4096 * 1280 = 21.0 MB. For instance depth 3, window 2:
 #   W = (3 * 789 760 + 96*256 + 128*256 + 96*256 + 512) * 4 = 9.81 MB     S = 2 * (2 * 3.159 + 0.100) = 12.84 MB
-#   A = 2 * 4 * 4096 * (8*256 + 2*1024 + 8 + 4) = 134.61 MB               X + head gradient + batch = 20.97 + 0.10 + 0.07 MB
-#   sum = 178.4, of which the worked example leaves out the last two (0.17 MB)
+#   A = 2 * 4 * 4096 * (8*256 + 2*1024 + 8 + 4) = 134.61 MB               sum = 178.2 MB
+# The worked example has W + S + A + X. What it leaves out stands in the test.
 EXAMPLE = {
     3: {1: 105, 2: 178, 3: 252},
     6: {1: 114, 2: 188, 3: 261, 4: 335, 6: 482},
@@ -44,8 +50,21 @@ def costs(
 @pytest.mark.parametrize("depth", EXAMPLE)
 def test_the_worked_example_comes_out_cell_by_cell(depth):
     formulas = costs(depth)
-    left_out = formulas.table[depth + 1].bytes + 16 * 32 * 128  # the head's gradient; the batch: two int64 per token
-    found = {blocks: round((formulas.peak(formulas.table.suffix(blocks)).bytes - left_out) / MEGA) for blocks in EXAMPLE[depth]}
+    assert formulas.table[depth + 1].bytes == 100_352  # 4 * (96*256 + 512)
+    found = {}
+    for blocks in EXAMPLE[depth]:
+        peak = formulas.peak(formulas.table.suffix(blocks), PLAIN)
+        left_out = {
+            "the head's gradients": 100_352,
+            "fc2's gradient on its way to where it adds up": 1_048_576,  # 4 * 256 * 1024
+            "what matrix products pack their operands into": SCRATCH_BYTES + 1_048_576,
+            "holes in the heap": blocks // BLOCKS_PER_HOLE * 4_194_304,  # of 4 * 4096 * 256
+            "the batch: two int64 per token": 65_536,  # 4096 * 16
+            # four matrices a block and the output layer's, each with two of state, are mapped by themselves
+            "a page for each mapping": 4096 * 3 * (4 * blocks + 1),
+        }
+        found[blocks] = round((peak.bytes - sum(left_out.values())) / MEGA)
+        assert peak.moments["first block backward"] == peak.bytes  # the moment whose terms these are
     assert found == EXAMPLE[depth]
 
 
@@ -68,27 +87,177 @@ def test_all_units_together_are_the_whole_model():
     assert [unit.name for unit in table] == ["embedding", "block.0", "block.1", "head"]
 
 
-def test_the_parts_of_a_peak_add_up_to_its_fullest_moment():
+EVERY_LEVER = [
+    PLAIN,
+    Recipe(8),
+    Recipe(32, 128),
+    Recipe(32, recomputed=2),
+    Recipe(32, fused_update=True),
+    Recipe(32, 128, 3, True),
+    Recipe(1, 128, 6),
+]
+
+
+@pytest.mark.parametrize("recipe", EVERY_LEVER, ids=lambda recipe: recipe.describe(32))
+def test_the_parts_of_a_peak_add_up_to_its_fullest_moment(recipe):
     formulas = costs(6, margin=777)
     for blocks in range(1, 7):
-        peak = formulas.peak(formulas.table.suffix(blocks))
+        peak = formulas.peak(formulas.table.suffix(blocks), recipe)
         assert peak.bytes == max(peak.moments.values())
-        assert peak.margin == 777
+        assert (peak.weights, peak.margin) == (formulas.table.bytes, 777)
+        assert peak.bytes == peak.weights + peak.optimizer + peak.gradients + peak.activations + peak.transient + 777
 
 
+# d=4, f=16, H=2, V=5, T=3, L=2, batch 2, AdamW, both blocks and the head train: the bytes of every moment beyond what is fixed.
+# A block 4 * 244 = 976, head 4 * 28 = 112, all weights 2 * 976 + 112 + 4 * 32 = 2192; all gradients 2 * 976 + 112 = 2064.
+# Fixed: weights 2192, state 2 * 2064 = 4128, the batch 16 * 2*3 = 96: 6416. Gradients that add up come on top: the head's make
+# it 6528, all of them 8480.
+# Six tokens: an input x = 4*6*4 = 96, a block's 4*6*70 = 1680 (8*4 + 2*16 + 2 + 4 = 70), logits 4*6*5 = 120, residual
+# 96 + 4*6*16 = 480. A matrix's gradient on its way 4*4*16 = 256, the output layer's 4*4*5 = 80.
+# S = what is fitted for the scratch space of matrix products, and 256. All tensors are too small for a mapping, and two blocks
+# too few for a hole.
+S = SCRATCH_BYTES + 256
+BY_HAND = {
+    "plain": (
+        Recipe(2),
+        6416,
+        {
+            "prefix": 96,  # the embedding's output
+            "loss": 2 * 1680 + 96 + 96 + 2 * 120,  # kept, the head's input and its norm's output, logits twice
+            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80 + S,
+            "optimizer": 2064,
+            "first block backward": 2 * 1680 + 480 + 256 + S + 112,  # the head's gradients exist
+            "last kept block backward": 1680 + 480 + 256 + S + 112 + 976,  # and those of the block above
+        },
+    ),
+    "micro-batches of 1": (  # three tokens: half of x, block, logits and residual; all gradients add up and are in the fixed part
+        Recipe(1),
+        8480,
+        {
+            "prefix": 48,
+            "loss": 2 * 840 + 48 + 48 + 2 * 60,
+            "head backward": 2 * 840 + 48 + 2 * 48 + 60 + 80 + S,
+            "optimizer": 0,
+            "first block backward": 2 * 840 + 240 + 256 + S,
+            "last kept block backward": 840 + 240 + 256 + S,
+        },
+    ),
+    "loss by 2 tokens": (  # a part 4*2*4 = 32, its logits 4*2*5 = 40; the gradient of x is there too; the head's gradients add up
+        Recipe(2, 2),
+        6528,
+        {
+            "prefix": 96,
+            "loss": 2 * 1680 + 2 * 96 + 32 + 2 * 40,
+            "head backward": 2 * 1680 + 2 * 96 + 2 * 32 + 40 + 80 + S,
+            "optimizer": 2 * 976,
+            "first block backward": 2 * 1680 + 480 + 256 + S,
+            "last kept block backward": 1680 + 480 + 256 + S + 976,
+        },
+    ),
+    "one of two recomputed": (  # gradients add up; the first block keeps x alone until it is its turn
+        Recipe(2, recomputed=1),
+        8480,
+        {
+            "prefix": 96,
+            "loss": 1680 + 96 + 96 + 96 + 2 * 120,
+            "head backward": 1680 + 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "optimizer": 0,
+            "first block backward": 1680 + 96 + 480 + 256 + S,
+            "last kept block backward": 1680 + 96 + 480 + 256 + S,
+            "first recomputation": 1680 + 480 + 256 + S,
+            "last recomputation": 1680 + 480 + 256 + S,
+        },
+    ),
+    "both recomputed": (
+        Recipe(2, recomputed=2),
+        8480,
+        {
+            "prefix": 96,
+            "loss": 2 * 96 + 96 + 96 + 2 * 120,
+            "head backward": 2 * 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "optimizer": 0,
+            "first recomputation": 96 + 1680 + 480 + 256 + S,  # the input of the other one still waits
+            "last recomputation": 1680 + 480 + 256 + S,
+        },
+    ),
+    "both recomputed, loss by 2 tokens, fused update": (
+        Recipe(2, 2, 2, True),
+        6528,
+        {
+            "prefix": 96,
+            "loss": 2 * 96 + 2 * 96 + 32 + 2 * 40,
+            "head backward": 2 * 96 + 2 * 96 + 2 * 32 + 40 + 80 + S,
+            "optimizer": 976,
+            "first recomputation": 96 + 1680 + 480 + 256 + S,
+            "last recomputation": 1680 + 480 + 256 + S,
+        },
+    ),
+    "fused update": (  # gradients of one unit at a time, gone before the next one's come
+        Recipe(2, fused_update=True),
+        6416,
+        {
+            "prefix": 96,
+            "loss": 2 * 1680 + 96 + 96 + 2 * 120,
+            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80 + S,
+            "optimizer": 976,
+            "first block backward": 2 * 1680 + 480 + 256 + S,
+            "last kept block backward": 1680 + 480 + 256 + S,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe, fixed, moments", BY_HAND.values(), ids=BY_HAND)
+def test_every_moment_by_hand(recipe, fixed, moments):
+    formulas = costs(2, 4, 2, 3, 5, batch=2, margin=1000)
+    peak = formulas.peak(formulas.table.suffix(2), recipe)
+    assert peak.moments == {name: fixed + bytes_ + 1000 for name, bytes_ in moments.items()}
+    assert peak.gradients == fixed - 6416
+
+
+def test_gradients_that_are_kept_are_mapped_too():
+    # width 256: five mappings as in the worked example, of weights, two of state, and gradients
+    formulas = costs(3)
+    window = formulas.table.suffix(1)
+    loss = [formulas.peak(window, recipe).moments["loss"] for recipe in (PLAIN, Recipe(31))]
+    one_sequence = 4 * 128 * (8 * 256 + 2 * 1024 + 8 + 4) + 2 * 4 * 128 * 256 + 2 * 4 * 128 * 96  # kept, the head's input and norm, logits
+    assert loss[1] - loss[0] == formulas.table.window_bytes(window) + 4096 * 5 - one_sequence
+
+
+def test_a_prefix_of_blocks_runs_one_sequence_at_a_time():
+    # one block below: the features of six tokens, 96, and for three tokens 4 * 3 * (3*4 + 2*16) = 528; weights and batch 2192 + 96,
+    # state of the head and one block 2 * (112 + 976) = 2176
+    formulas = costs(2, 4, 2, 3, 5, batch=2)
+    assert formulas.peak(formulas.table.suffix(1), Recipe(2)).moments["prefix"] == 2192 + 96 + 2176 + 96 + 528
+    assert formulas.peak(Window(0, 4), Recipe(2)).moments["prefix"] == 2192 + 96 + 2 * (2064 + 128)  # there is none
+
+
+def test_a_recipe_asks_for_no_more_than_there_is():
+    formulas = costs(3)
+    window = formulas.table.suffix(2)
+    assert formulas.peak(window, Recipe(99, 10**6, 0)) == formulas.peak(window, Recipe(32))
+    assert formulas.peak(window, Recipe(32, recomputed=9)) == formulas.peak(window, Recipe(32, recomputed=2))
+
+
+@pytest.mark.parametrize("recipe", EVERY_LEVER, ids=lambda recipe: recipe.describe(32))
 @pytest.mark.parametrize("states", [0, 1, 2])
-def test_optimizer_state_is_so_many_copies_of_what_trains(states):
+def test_optimizer_state_is_so_many_copies_of_what_trains(states, recipe):
     formulas = costs(3, states=states)
     window = formulas.table.suffix(2)
-    assert formulas.peak(window).optimizer == states * (2 * formulas.table[1].bytes + formulas.table[4].bytes)
+    assert formulas.peak(window, recipe).optimizer == states * (2 * formulas.table[1].bytes + formulas.table[4].bytes)
 
 
-def test_a_large_vocabulary_makes_the_loss_the_fullest_moment():
-    # V = 8192, N = 4096: three tensors of 4 * 4096 * 8192 = 134 MB, far above one block's 67 MB and its 21 MB of gradients
+def test_a_large_vocabulary_makes_the_loss_the_fullest_moment_until_it_is_cut():
+    # V = 8192, N = 4096: two tensors of 4 * 4096 * 8192 = 134 MB, far above one block's 67 MB and its 21 MB of gradients
     formulas = costs(3, vocabulary=8192)
-    peak = formulas.peak(formulas.table.suffix(1))
+    window = formulas.table.suffix(1)
+    peak = formulas.peak(window, PLAIN)
     assert max(peak.moments, key=peak.moments.get) == "loss"
-    assert peak.transient == 4 * 4096 * (256 + 3 * 8192) + 16 * 4096
+    pages = 4096 * 3 * 5  # four matrices of the block and the output layer's, with two of state each
+    assert peak.transient == 4 * 4096 * (2 * 256 + 2 * 8192) + 16 * 4096 + pages
+    cut = formulas.peak(window, Recipe(32, 128))  # by 128 tokens: 2 * 4.2 MB of logits, and 8.4 MB of the head's gradients
+    assert max(cut.moments, key=cut.moments.get) != "loss"
+    assert cut.moments["loss"] == peak.moments["loss"] - 2 * 4 * (4096 - 128) * 8192 + 4 * 128 * 256 + 4 * (8192 * 256 + 512)
 
 
 def explicit_attention(query, key, value, is_causal):
@@ -97,6 +266,21 @@ def explicit_attention(query, key, value, is_causal):
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+
+
+class NoModules:
+    """In place of the counter's hooks on modules, which a block that is computed again does not bear."""
+
+    parents = {"Global"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+RECIPES = [Recipe(2), Recipe(1), Recipe(2, 5), Recipe(2, recomputed=1), Recipe(1, 3, 2), Recipe(2, 3, 3, True)]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -109,25 +293,52 @@ def test_flops_are_those_that_pytorch_counts(blocks, monkeypatch):
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         next_token_loss(model(tokens, window.first), tokens).backward()
-    assert counter.get_total_flops() == formulas.flops(window, tokens=16)
+    assert counter.get_total_flops() == formulas.flops(window, 16, Recipe(2))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.describe(2))
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_flops_of_a_recipe_are_those_that_pytorch_counts(blocks, recipe, monkeypatch):
+    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", explicit_attention)
+    formulas = costs(3, width=16, heads=2, context=8, vocabulary=40)
+    model = from_tensors(formulas.spec, initial_tensors(formulas.spec, torch.Generator().manual_seed(1)))
+    recipe = replace(recipe, recomputed=min(blocks, recipe.recomputed))  # as it is planned
+    window = formulas.table.suffix(blocks)
+    freeze_outside(model, window)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter:
+        for rows in tokens.split(recipe.micro_batch):
+            features = features_of(model, range(window.first), rows)
+            add_gradients(model, window.first, features, rows, 1 / 16, recipe, lambda unit: None)
+    assert counter.get_total_flops() == formulas.flops(window, 16, recipe)
 
 
 def test_flops_by_hand():
     # d=4, f=16, T=3: F = 8*16 + 4*4*16 + 4*3*4 = 432; depth 2, one trained: (2 + 2*1) F = 1728; head 6*4*5 = 120; 10 tokens
     formulas = costs(2, 4, 2, 3, 5)
     assert formulas.block_flops() == 432
-    assert formulas.flops(formulas.table.suffix(1), 10) == 18480
-    assert formulas.flops(Window(3, 4), 10) == 10 * (2 * 432 + 120)  # the head alone
+    assert formulas.flops(formulas.table.suffix(1), 10, PLAIN) == 18480
+    assert formulas.flops(Window(3, 4), 10, PLAIN) == 10 * (2 * 432 + 120)  # the head alone
+    # block 0 forward, block 1 three times, and once more where it is computed again
+    assert formulas.prefix_flops(range(2)) == formulas.prefix_flops(range(1, 2)) == 432 and formulas.prefix_flops(range(1)) == 0
+    assert formulas.window_flops(formulas.table.suffix(1), Recipe(2, recomputed=1)) == 4 * 432 + 120
+    assert formulas.flops(formulas.table.suffix(1), 10, Recipe(2, recomputed=1)) == 18480 + 4320
 
 
 MEASURE = """
-import json, sys
+import json
 import numpy as np, torch
+from distfl.allocator import collect_garbage, exact_allocator, is_prepared
+from distfl.caps.base import Outcome
+from distfl.caps.rlimit import Report
 from distfl.config import TrainingConfig
 from distfl.costs import Costs
-from distfl.memory_cap import Report, exact_allocator
+from distfl.features import Prefix
 from distfl.messages import Assignment
 from distfl.model import ModelSpec, from_tensors, initial_tensors
+from distfl.recipes import Recipe
 from distfl.replica import Replica
 from distfl.shards import Sequences
 from distfl.training import state_tensors, train
@@ -135,33 +346,56 @@ from distfl.units import UnitTable, freeze_outside
 
 torch.set_num_threads(1)
 exact_allocator()
+assert is_prepared()
 data = Sequences(np.random.default_rng(1).integers(0, 2048, 24 * 128 + 1).astype(np.uint16), 128)
+cap = Report()
 
-def measured(depth, blocks, optimizer):
+def measured(depth, blocks, optimizer, recipe):
     spec = ModelSpec(depth, width=128, heads=4, context=128, vocabulary=2048)
     table = UnitTable(spec)
     replica = Replica(table)
     replica.fill(initial_tensors(spec, torch.Generator().manual_seed(1)))
-    config, window = TrainingConfig(batch=8, steps=3, optimizer=optimizer), table.suffix(blocks)
-    predicted = Costs(table, config.batch, state_tensors(config)).peak(window).bytes
-    assignment = Assignment(1, 0, window, 1.0, 10**9, predicted, 1e-3)
-    with Report().imposed(10**9) as meter:
-        model = from_tensors(spec, replica.copy())
-        trained = train(model, freeze_outside(model, window), window.first, data, config, assignment, seed=1)
-        del model
-    return [optimizer, blocks, trained.steps, predicted, meter.peak_bytes]
+    config = TrainingConfig(batch=8, steps=3, optimizer=optimizer, clip_norm=None if recipe.fused_update else 1.0)
+    window, costs = table.suffix(blocks), Costs(table, config.batch, state_tensors(config))
+    predicted = costs.peak(window, recipe).bytes
+    assignment = Assignment(1, 0, window, 1.0, 10**9, predicted, 0, recipe, 1e-3)
 
-measured(2, 1, "adamw"), measured(2, 1, "sgd")  # what is made at the first use belongs to the baseline
-windows = (("adamw", 1), ("adamw", 2), ("adamw", 3), ("sgd", 1), ("sgd", 3))
-print(json.dumps([measured(3, blocks, optimizer) for optimizer, blocks in windows]))
+    def work():
+        model = from_tensors(spec, replica.copy())
+        prefix = Prefix(model, window.first, {})
+        trained = train(model, freeze_outside(model, window), data, config, assignment, prefix, costs, seed=1)
+        return Outcome([], {"steps": trained.steps})
+
+    collect_garbage()
+    done = cap.run(10**9, work)
+    return [recipe.describe(8), optimizer, blocks, done.outcome.facts["steps"], predicted, done.peak_bytes]
+
+plain = Recipe(8)
+for optimizer in ("adamw", "sgd"):
+    measured(2, 1, optimizer, Recipe(1))  # what is made at the first use belongs to the baseline
+cases = [(blocks, optimizer, plain) for optimizer, blocks in (("adamw", 1), ("adamw", 2), ("adamw", 4), ("sgd", 1), ("sgd", 4))]
+cases += [
+    (blocks, "adamw", recipe)
+    for blocks in (2, 4)
+    for recipe in (
+        Recipe(2), Recipe(8, 128), Recipe(8, 128, blocks), Recipe(8, 128, 1), Recipe(2, 128, blocks),
+        Recipe(8, fused_update=True), Recipe(8, 128, blocks, True),
+    )
+]
+print(json.dumps([measured(4, *case) for case in cases]))
 """
 
 
 def test_the_predicted_peak_is_the_measured_one():
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120, env=os.environ | allocator.environment()
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 5
-    for optimizer, blocks, steps, predicted, measured in found:
+    assert len(found) == 19
+    wrong = []
+    for recipe, optimizer, blocks, steps, predicted, measured in found:
         assert steps == 3
-        assert -0.06 < measured / predicted - 1 < 0.03, f"{optimizer}, {blocks} blocks: {predicted}, measured {measured}; all: {found}"
+        if not -0.03 < predicted / measured - 1 < 0.05:
+            wrong.append(f"{recipe}, {optimizer}, {blocks} blocks: predicted {predicted}, measured {measured}")
+    assert not wrong, "\n".join(wrong)

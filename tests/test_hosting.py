@@ -1,4 +1,4 @@
-"""One client on its rank: what is trained and sent, also by a method that inserts tensors of its own."""
+"""One client on its rank: what is trained and sent, by whatever recipe and cap, also by a method that inserts tensors of its own."""
 
 from dataclasses import replace
 
@@ -8,16 +8,23 @@ import torch
 
 from distfl import hosting
 from distfl.aggregation import UnitMean
+from distfl.caps.base import Measured, MemoryCap
+from distfl.caps.rlimit import Report
 from distfl.codecs.base import unframe
-from distfl.config import FleetConfig, GroupConfig, TrainConfig, TrainingConfig
+from distfl.config import FleetConfig, GroupConfig, LeversConfig, TrainConfig, TrainingConfig
+from distfl.features import FeatureFile
 from distfl.messages import Assignment
 from distfl.methods.caff import Caff, Options
 from distfl.model import ModelSpec, initial_tensors
+from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.transport.local import group
 
-SPEC = ModelSpec(depth=2, width=16, heads=2, context=8, vocabulary=40)
+SPEC = ModelSpec(depth=3, width=16, heads=2, context=8, vocabulary=40)
 CONFIG = TrainConfig(FleetConfig((GroupConfig("all", 10, share=1.0),)), TrainingConfig(batch=2, steps=2, learning_rate=1e-2))
+OFF = LeversConfig(mapped_prefix="off", prefix_features="off")
+PLAIN = Recipe(2)
+ROWS = 19  # of 150 tokens: 149 targets in rows of 8
 
 
 class Gated(Caff):
@@ -32,69 +39,226 @@ class Gated(Caff):
         return pretrained | {f"blocks.{i}.gate": torch.zeros(SPEC.width) for i in range(SPEC.depth)}
 
 
+class Told(MemoryCap):
+    """Runs the work and notes what it was told; measures what it is given, and kills where asked to."""
+
+    name, enforced = "told", True
+
+    def __init__(self, peak_bytes: int = 0, killed: str = ""):
+        self.peak_bytes, self.killed, self.told = peak_bytes, killed, []
+
+    def run(self, budget_bytes, work, charged_bytes=0, settle=None):
+        self.told.append((budget_bytes, charged_bytes))
+        settle()
+        outcome = work()
+        return Measured(None if self.killed else outcome, self.peak_bytes, self.killed)
+
+
 @pytest.fixture
 def state(tmp_path, monkeypatch):
-    def make(method):
+    def make(method=None, config=CONFIG, **levers):
+        method = method or Caff(Options())
         monkeypatch.setattr(hosting, "load_method", lambda name, options: method)
         np.random.default_rng(0).integers(0, 40, 200).astype(TOKEN).tofile(tmp_path / "tokens.bin")
-        made = hosting.rank_state(group(1)[0], CONFIG, SPEC, ShardIndex(str(tmp_path), "", (Shard("a", 0, 150, 50),)))
+        config = replace(config, levers=replace(config.levers, **levers))
+        made = hosting.rank_state(group(1)[0], config, SPEC, ShardIndex(str(tmp_path), "", (Shard("a", 0, 150, 50),)))
         made.replica.fill(method.initial(initial_tensors(SPEC, torch.Generator().manual_seed(1)), 1))
         return made
 
     return make
 
 
-def assignment(state, blocks: int) -> Assignment:
-    return Assignment(1, 0, state.table.suffix(blocks), 3.0, 10**9, 0, 1e-2)
+def assignment(state, blocks: int, recipe: Recipe = PLAIN, memory_bytes: int = 10**9, stable_units: int = 0, round: int = 1) -> Assignment:
+    window = state.table.suffix(blocks)
+    return Assignment(round, 0, window, 3.0, memory_bytes, 123, 456, recipe, 1e-2, stable_units)
 
 
-def sent(state, tensors, order: Assignment) -> dict:
-    pieces = {}
-    for unit in state.table:
-        block, failure = hosting.try_to_frame(state, tensors, order, unit)
-        assert failure is None
-        for piece in unframe(state.codec, block, 1, 0, unit) if len(block) else ():
-            pieces[piece.name] = piece
-    return pieces
+def pieces_of(state, blocks, round: int = 1) -> dict:
+    """Name -> piece of what was sent; a block for each unit."""
+    assert len(blocks) == len(state.table)
+    return {
+        piece.name: piece for unit, block in zip(state.table, blocks) if len(block) for piece in unframe(state.codec, block, round, 0, unit)
+    }
 
 
+def values_of(state, blocks, round: int = 1) -> dict:
+    return {name: torch.as_tensor(piece.values).clone() for name, piece in pieces_of(state, blocks, round).items()}
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("mapped", ["on", "off"])
 @pytest.mark.parametrize("method", [Caff(Options()), Gated(Options())], ids=["caff", "a method with tensors of its own"])
-def test_only_the_window_changes_and_only_it_is_sent(state, method):
-    made = state(method)
+def test_only_the_window_changes_and_only_it_is_sent(state, method, mapped):
+    made = state(method, mapped_prefix=mapped)
     before = made.replica.copy()
     order = assignment(made, 1)
-    tensors, trained, failure = hosting.try_to_train(made, order)
-    assert failure is None and trained.steps == 2 and trained.sequences == 4
-    pieces = sent(made, tensors, order)
+    blocks, report = hosting.host(made, Report(), order)
+    assert report.ok and (report.samples, report.blocks) == (4, 1) and report.reason == ""
+    pieces = pieces_of(made, blocks)
     window = {t.name for unit in order.window.units for t in made.table[unit].tensors}
     assert pieces.keys() == window
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, before[name]) == (name not in window), name
-        assert torch.equal(made.replica.tensors[name], before[name])  # the node's copy is nobody's to train
+    values = values_of(made, blocks)
+    assert not any(torch.equal(values[name].view(before[name].shape), before[name]) for name in window)
+    assert all(torch.equal(made.replica.tensors[name], tensor) for name, tensor in before.items())  # the node's copy is nobody's to train
     if isinstance(method, Gated):
-        assert "blocks.1.gate" in pieces and "blocks.0.gate" not in pieces
-        mean = UnitMean(made.table[2])
-        mean.add([piece for piece in pieces.values() if piece.unit == 2])
-        value, share = mean.mean("blocks.1.gate", before["blocks.1.gate"], 3.0)
-        assert torch.equal(value, tensors["blocks.1.gate"]) and float(share) == 1.0
+        assert "blocks.2.gate" in pieces and "blocks.1.gate" not in pieces
+        mean = UnitMean(made.table[3])
+        mean.add([piece for piece in pieces.values() if piece.unit == 3])
+        value, share = mean.mean("blocks.2.gate", before["blocks.2.gate"], 3.0)
+        assert torch.equal(value, values["blocks.2.gate"]) and float(share) == 1.0
 
 
-def test_a_loss_that_is_not_finite_is_a_result_and_sends_nothing(state):
-    made = state(Caff(Options()))
+def test_the_report_says_what_was_planned_and_done(state):
+    made = state(prefix_features="off")
+    order = assignment(made, 2, Recipe(1, recomputed=1))
+    blocks, report = hosting.host(made, Told(peak_bytes=777), order)
+    assert (report.round, report.client, report.memory_bytes, report.measured_peak_bytes) == (1, 0, 10**9, 777)
+    assert (report.predicted_peak_bytes, report.predicted_flops) == (123, 456)
+    assert report.upload_bytes == sum(block.nbytes for block in blocks) > made.table.window_bytes(order.window)
+    # 4 rows of 8 tokens, d=16, f=64: F = 8*256 + 4*16*64 + 4*8*16 = 6656, head 6*16*40 = 3840; one frozen block, two trained,
+    # one of them recomputed
+    assert report.flops == 32 * ((1 + 3 * 2 + 1) * 6656 + 3840)
+    assert report.loss > 0 and report.seconds > 0
+
+
+RECIPES = [PLAIN, Recipe(1), Recipe(2, 5), Recipe(2, recomputed=2), Recipe(1, 3, 2), Recipe(2, 5, 1, True)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.describe(2))
+def test_where_weights_lie_and_whether_features_are_kept_changes_no_bit(state, recipe):
+    # 12 steps of 2 of 19 rows: some come twice, so that features are read back
+    config = replace(CONFIG, training=replace(CONFIG.training, steps=12, clip_norm=None))
+    found = []
+    for mapped, kept in (("off", "off"), ("on", "off"), ("off", "on"), ("on", "on")):
+        made = state(config=config, mapped_prefix=mapped, prefix_features=kept)
+        results = []
+        for round in (1, 2):  # in the second, features of the first are there
+            blocks, report = hosting.host(made, Report(), assignment(made, 2, recipe, stable_units=2, round=round))
+            results.append((values_of(made, blocks, round), report.loss))
+        found.append((results, report.flops))
+    plain, *others = found
+    for results, _ in others:
+        assert all(loss == wanted and same(values, expected) for (values, loss), (expected, wanted) in zip(results, plain[0]))
+    assert found[2][1] == found[3][1] < found[0][1] == found[1][1]  # the work saved is counted
+
+
+@pytest.mark.parametrize("mapped, charged_units", [("on", [0, 1]), ("off", [])])
+def test_weights_used_where_the_node_holds_them_are_charged(state, mapped, charged_units):
+    made, cap = state(mapped_prefix=mapped), Told()
+    hosting.host(made, cap, assignment(made, 2, memory_bytes=10**7))
+    assert cap.told == [(10**7, sum(made.table[unit].bytes for unit in charged_units))]
+
+
+@pytest.mark.parametrize(
+    "training, kept, stable, blocks, levels",
+    [
+        ({"steps": 2}, "auto", 2, 1, [2]),  # nothing is seen twice: only what is of use in later rounds
+        ({"steps": 2}, "auto", 0, 1, []),
+        ({"steps": 2}, "auto", 1, 1, []),  # the embedding alone is cheap
+        ({"steps": 10}, "auto", 0, 1, [3]),  # 20 rows of 19: one comes twice in this round
+        ({"steps": 10}, "auto", 2, 1, [2, 3]),
+        ({"steps": 10}, "auto", 3, 1, [3]),
+        ({"steps": 10}, "auto", 3, 2, [2]),  # no deeper than its own window
+        ({"steps": 9}, "auto", 0, 1, []),  # 18 rows of 19
+        ({"epochs": 1, "steps": None}, "auto", 0, 1, []),
+        ({"epochs": 2, "steps": None}, "auto", 0, 1, [3]),
+        ({"epochs": 2, "steps": None}, "off", 2, 1, []),
+        ({"epochs": 2, "steps": None}, "auto", 0, 3, []),  # no frozen block
+    ],
+)
+def test_features_are_kept_where_they_are_of_use_again(state, training, kept, stable, blocks, levels):
+    made = state(config=replace(CONFIG, training=replace(CONFIG.training, **training)), prefix_features=kept)
+    assert len(made.shards.train(0, SPEC.context)) == ROWS
+    order = assignment(made, blocks, stable_units=stable)
+    files = hosting._feature_files(made, order)
+    assert list(files) == levels and all(isinstance(file, FeatureFile) for file in files.values())
+    assert hosting._feature_files(made, order) == files  # the same in the next round
+
+
+def test_features_of_units_that_changed_are_not_used(state):
+    made = state()
+    order = assignment(made, 1, stable_units=2)
+    first = hosting._feature_files(made, order)[2]
+    made.replica.versions[2] += 1  # above those units
+    assert hosting._feature_files(made, order)[2] is first
+    made.replica.versions[1] += 1
+    assert hosting._feature_files(made, order)[2] is not first
+
+
+def failed(state, blocks, report, cause: str) -> None:
+    assert not report.ok and report.cause == cause and report.upload_bytes == 0
+    assert [len(block) for block in blocks] == [0] * len(state.table)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.describe(2))
+def test_a_loss_that_is_not_finite_is_a_result_and_sends_nothing(state, recipe):
+    made = state(config=replace(CONFIG, training=replace(CONFIG.training, clip_norm=None)))
     made.replica.tensors["head.output.weight"].fill_(float("inf"))
-    tensors, trained, failure = hosting.try_to_train(made, assignment(made, 1))
-    assert tensors is None and failure.cause == "not_finite" and trained.steps == 0
+    blocks, report = hosting.host(made, Report(), assignment(made, 1, recipe))
+    failed(made, blocks, report, "not_finite")
+    assert (report.samples, report.flops, report.loss) == (0, 0, None)
+
+
+def test_an_update_that_is_not_finite_is_a_result_and_sends_nothing(state):
+    made = state(config=replace(CONFIG, training=TrainingConfig(batch=2, steps=1, optimizer="sgd", clip_norm=None)))
+    blocks, report = hosting.host(made, Report(), replace(assignment(made, 1), learning_rate=1e39))  # one step: no loss shows it
+    failed(made, blocks, report, "not_finite")
+    assert "is not finite" in report.reason
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
+            "4096 bytes more were refused",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_memory_that_is_refused_is_a_result_and_sends_nothing(state, monkeypatch, error, reason):
+    made = state()
+
+    def refuse(*arguments):
+        raise error
+
+    for place in ("train", "frame"):  # while it trains, and while it encodes
+        with monkeypatch.context() as patched:
+            patched.setattr(hosting, place, refuse)
+            blocks, report = hosting.host(made, Report(), assignment(made, 1))
+        failed(made, blocks, report, "over_cap")
+        assert f"over its memory cap of {10**9} bytes: " in report.reason and reason in report.reason
+
+
+def test_a_client_that_the_kernel_killed_is_a_result_and_sends_nothing(state):
+    made = state()
+    blocks, report = hosting.host(made, Told(peak_bytes=10**7, killed="killed by the kernel"), assignment(made, 1, memory_bytes=10**7))
+    failed(made, blocks, report, "over_cap")
+    assert "killed by the kernel" in report.reason and (report.measured_peak_bytes, report.samples) == (10**7, 0)
+
+
+def test_a_peak_over_the_budget_that_nothing_refused_sends_nothing(state):
+    made = state()
+    for peak, ok in ((10**7, True), (10**7 + 1, False)):
+        blocks, report = hosting.host(made, Told(peak_bytes=peak), assignment(made, 1, memory_bytes=10**7))
+        assert report.ok == ok
+    failed(made, blocks, report, "over_cap")
+    assert f"with a peak of {10**7 + 1}" in report.reason and report.samples == 4  # it did train
 
 
 def test_a_programming_error_is_not_taken_for_a_result(state, monkeypatch):
-    made = state(Caff(Options()))
+    made = state()
     monkeypatch.setattr(hosting, "train", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        hosting.try_to_train(made, assignment(made, 1))
+        hosting.host(made, Report(), assignment(made, 1))
 
 
-def test_a_rehearsal_leaves_the_replica_as_it_was(state):
-    made = state(Caff(Options()))
+def test_a_rehearsal_leaves_the_replica_and_the_shelf_as_they_were(state):
+    made = state()
     before = made.replica.copy()
     hosting.rehearse(replace(made))
     assert all(torch.equal(before[name], tensor) for name, tensor in made.replica.tensors.items())
+    assert not made.shelf._files

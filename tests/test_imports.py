@@ -14,15 +14,16 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 
 # Lower lines may import upper lines, and within a line the right may import the left; never the reverse.
 ORDER = """
-    errors signals seeds files settings config launching run_folder
+    errors signals seeds files allocator settings config launching run_folder
     model units shards corpora partition family huggingface optimizers replica
-    messages costs fleet planner
-    memory_cap training
+    frozen recipes messages costs fleet planner
+    caps.base caps.process caps.rlimit caps.cgroup caps.cuda caps.choice
+    steps features training
     methods.base methods.*
     transport.base transport.local transport.mpi transport.torch_dist
     codecs.base codecs.*
     aggregation server_optimizer checkpoints
-    hosting
+    hosting calibration
     rounds
     pretrain reporting jobs plans progress recording running
     doctor cli __main__

@@ -282,6 +282,7 @@ case $FAKE in
     finish) touch "$folder/finished" ;;
     vanish) ;;
     checkpoint)
+        touch "$folder/config.yaml"
         trap 'mkdir "$folder/checkpoints"; touch "$folder/checkpoints/1"; exit 75' USR1
         touch "$folder/waiting"
         while :; do sleep 0.05; done ;;
@@ -365,17 +366,20 @@ def test_batch_passes_failures_on(batch, status):
     assert "requeue 12" not in result.stdout
 
 
-def test_batch_resumes_what_has_checkpoints(batch):
+def test_batch_resumes_what_has_begun_with_or_without_a_checkpoint(batch):
     (batch.run_folder / "checkpoints").mkdir(parents=True)
     assert "--resume" not in batch.run(FAKE="1").stdout
-    (batch.run_folder / "checkpoints" / "round-3").mkdir()
-    assert "[--ranks] [3] [--resume]" in batch.run(FAKE="1").stdout
+    (batch.run_folder / "config.yaml").touch()
+    for restarts in ("0", "2"):
+        assert "[--ranks] [3] [--resume]" in batch.run(FAKE="1", SLURM_RESTART_COUNT=restarts).stdout
+    assert not list(batch.submit.rglob("*.start-*"))  # what can be continued is not moved away
 
 
-def test_batch_restarted_before_its_first_checkpoint(batch):
+def test_batch_restarted_before_its_run_began(batch):
     batch.run_folder.mkdir(parents=True)
     (batch.run_folder / "old").touch()
-    assert batch.run(FAKE="finish", SLURM_RESTART_COUNT="2").returncode == 0
+    result = batch.run(FAKE="finish", SLURM_RESTART_COUNT="2")
+    assert result.returncode == 0 and "--resume" not in result.stdout
     assert (batch.submit / "runs" / "slurm-12.start-2" / "old").exists()
     assert not (batch.run_folder / "old").exists()
 
@@ -396,6 +400,7 @@ def test_batch_requeues_after_usr1(batch):
     status, output = signalled(batch)
     assert status == 75
     assert output.count("requeue 12") == 1 and "asking Slurm to queue" in output
+    assert "[--resume]" in batch.run(FAKE="finish", SLURM_RESTART_COUNT="1").stdout
 
 
 def test_batch_requeues_only_its_own_array_task(batch):

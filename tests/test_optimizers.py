@@ -66,17 +66,22 @@ def test_first_steps_by_hand():
     assert parameter.item() == pytest.approx(0.85, abs=1e-6)
 
 
-def test_state_is_made_at_the_first_step_and_only_what_is_needed():
+def test_state_is_made_with_the_optimiser_and_only_what_is_needed():
+    # before the first activation exists: long-lived tensors must not come to lie between those of a step
     mine = parameters()
     adamw, plain, momentum = AdamW(mine, (0.9, 0.999), 0.0), SGD(mine, 0.0, 0.0), SGD(mine, 0.9, 0.0)
-    assert adamw.means == [] and adamw.squares == []
+    shapes = [p.shape for p in mine]
+    assert [t.shape for t in adamw.means] == [t.shape for t in adamw.squares] == [t.shape for t in momentum.buffers] == shapes
+    assert plain.buffers == [None] * len(mine)
+    state = [*adamw.means, *adamw.squares, *momentum.buffers]
+    assert not any(tensor.any() for tensor in state)
+    places = [tensor.data_ptr() for tensor in state]
     for parameter in mine:
         parameter.grad = torch.ones_like(parameter)
     for optimizer in (adamw, plain, momentum):
         optimizer.step(0.1)
-    shapes = [p.shape for p in mine]
-    assert [t.shape for t in adamw.means] == [t.shape for t in adamw.squares] == [t.shape for t in momentum.buffers] == shapes
-    assert plain.buffers == [None] * len(mine)
+    assert [t.data_ptr() for t in (*adamw.means, *adamw.squares, *momentum.buffers)] == places  # no step makes another
+    assert all(tensor.any() for tensor in state) and plain.buffers == [None] * len(mine)
 
 
 def test_clipping_scales_the_joint_norm():

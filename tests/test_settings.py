@@ -81,6 +81,30 @@ def test_an_override_that_cannot_be_placed_is_named(load, override):
     assert override.partition("=")[0].partition(".")[0] in refused.value.asked or "overrides" in refused.value.asked
 
 
+@pytest.mark.parametrize("text, value", [("on", "on"), ("off", "off"), ("true", "on"), ("'off'", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_switches_are_read_as_they_are_written(load, text, value):
+    # YAML 1.1 reads a bare on or off as a truth value
+    assert load(f"levers.recompute={text}").levers.recompute == value
+    config = load(text=SMALLEST + f"levers: {{recompute: {text}}}\n")
+    assert config.levers.recompute == value and config.levers.micro_batches == "auto"
+    assert settings.from_dict(TrainConfig, yaml.safe_load(settings.to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("override", ["training.clip_norm=1", "levers.micro_batches=on"])
+def test_a_fused_update_is_refused_where_gradients_must_be_kept(load, override):
+    wanted = ["levers.fused_update=on", "training.clip_norm=null"]
+    assert load(*wanted).levers.fused_update == "on"
+    with pytest.raises(ConfigError) as refused:
+        load(*wanted, override)
+    assert "levers.fused_update" in refused.value.asked and "clip_norm" in str(refused.value)
+    assert load("levers.fused_update=auto", override).levers.fused_update == "auto"
+
+
+@pytest.mark.parametrize("enforce", ["auto", "rlimit", "cgroup", "cgroup-v1", "cgroup-v2", "cuda", "report"])
+def test_every_mechanism_can_be_named(load, enforce):
+    assert load(f"memory.enforce={enforce}").memory.enforce == enforce
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +115,7 @@ def test_an_override_that_cannot_be_placed_is_named(load, override):
         ("fleet.groups.0.memory=1", "fleet.groups[0].memory", "memory_mb"),
         ("round=1", "round", "rounds"),
         ("method.nam=caff", "method.nam", "name"),
+        ("levers.micro_batch=on", "levers.micro_batch", "micro_batches"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(load, override, key, nearest):
@@ -123,6 +148,10 @@ def test_a_key_like_no_other_is_answered_with_all(load):
         "data=x",
         "training.optimizer=adam",
         "memory.enforce=false",
+        "memory.enforce=cgroup-v3",
+        "levers.recompute=yes please",
+        "levers.recompute=1",
+        "levers.micro_batches=null",
         "model.depths=[3, deep]",
         "fleet.groups.0.memory_mb=.nan",
     ],

@@ -41,7 +41,7 @@ case "$FAKE $*" in
     checkpoint*)
         trap 'exit 75' USR1
         mkdir "$folder/checkpoints"
-        touch "$folder/checkpoints/1"
+        touch "$folder/config.yaml" "$folder/checkpoints/1"
         while :; do sleep 0.2; done ;;
 esac
 """

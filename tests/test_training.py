@@ -10,19 +10,34 @@ import torch
 from helpers import SPEC, TEXTS, model, same_bits, tokenizer, tokens, weights
 
 from distfl.config import TrainingConfig
+from distfl.costs import Costs
 from distfl.errors import NotFinite
+from distfl.features import FeatureFile, Prefix
 from distfl.messages import Assignment, Score
 from distfl.model import IGNORED_TARGET, from_tensors, next_token_loss
 from distfl.optimizers import SGD, AdamW
+from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Sequences
 from distfl.training import Trained, batches, evaluate, learning_rate, optimizer_for, state_tensors, train
-from distfl.units import Window, freeze_outside
+from distfl.units import UnitTable, Window, freeze_outside
 
 PLAIN = TrainingConfig(batch=2, steps=3, optimizer="sgd", learning_rate=99.0, clip_norm=None)  # 99: the assignment's rate must be used
+PLAIN_STEP = Recipe(99)  # any batch at once
 
 
-def assignment(rate: float, round: int = 1, client: int = 3) -> Assignment:
-    return Assignment(round, client, Window(0, SPEC.depth + 2), 1.0, 0, 0, rate)
+def assignment(rate: float, round: int = 1, client: int = 3, first: int = 0, recipe: Recipe = PLAIN_STEP) -> Assignment:
+    return Assignment(round, client, Window(first, SPEC.depth + 2), 1.0, 0, 0, 0, recipe, rate)
+
+
+def costs(config: TrainingConfig) -> Costs:
+    return Costs(UnitTable(SPEC), config.batch, state_tensors(config))
+
+
+def run(network, config: TrainingConfig, order: Assignment, data: Sequences | None = None, seed: int = 1) -> Trained:
+    """Train what the assignment's window holds."""
+    parameters = freeze_outside(network, order.window)
+    prefix = Prefix(network, order.window.first, {})
+    return train(network, parameters, data or text(), config, order, prefix, costs(config), seed)
 
 
 def text() -> Sequences:
@@ -110,31 +125,35 @@ def test_schedules_by_hand(schedule, final, wanted):
 
 def test_one_step_of_gradient_descent_by_hand():
     network, reference, data = model(), model(), text()
-    done = train(network, list(network.parameters()), 0, data, replace(PLAIN, steps=1), assignment(0.1), seed=1)
+    done = run(network, replace(PLAIN, steps=1), assignment(0.1), data)
     (rows,) = batches(replace(PLAIN, steps=1), len(data), 1, 1, 3)
     inputs, targets = data.batch(rows)
     loss = next_token_loss(reference(inputs), targets)
     loss.backward()
-    assert done == Trained(1, 2, pytest.approx(loss.item()))
+    # 2 rows of T = 8 tokens, d=16, f=64: F = 8*256 + 4*16*64 + 4*8*16 = 6656, head 6*16*300 = 28 800: 16 * (3*3*6656 + 28 800)
+    assert done == Trained(1, 2, 1_419_264, pytest.approx(loss.item()))
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(network.get_parameter(name).detach(), parameter.detach() - 0.1 * parameter.grad, rtol=0, atol=1e-7)
+        wanted = parameter.detach() - 0.1 * parameter.grad  # values up to 2, where neighbouring floats are 1.2e-7 apart
+        torch.testing.assert_close(network.get_parameter(name).detach(), wanted, rtol=0, atol=1.3e-7)
     assert all(parameter.grad is None for parameter in network.parameters())  # gradients are freed between steps
 
 
-def test_clipping_bounds_the_whole_step():
+@pytest.mark.parametrize("recipe", [Recipe(2), Recipe(1), Recipe(2, 5, 2)], ids=lambda recipe: recipe.describe(2))
+def test_clipping_bounds_the_whole_step(recipe):
     network = model()
     before = values(network)
-    train(network, list(network.parameters()), 0, text(), replace(PLAIN, steps=1, clip_norm=0.01), assignment(0.1), seed=1)
+    run(network, replace(PLAIN, steps=1, clip_norm=0.01), assignment(0.1, recipe=recipe))
     moved = torch.cat([(network.get_parameter(name).detach() - tensor).flatten() for name, tensor in before.items()]).norm().item()
     assert moved == pytest.approx(0.1 * 0.01, rel=0.02)  # rate times clipped norm: the gradient is far larger
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.9}], ids=["adamw", "sgd"])
-def test_training_reduces_the_loss_on_its_text(settings):
+@pytest.mark.parametrize("recipe", [Recipe(4), Recipe(2, 7, 1)], ids=lambda recipe: recipe.describe(4))
+def test_training_reduces_the_loss_on_its_text(settings, recipe):
     config = TrainingConfig(batch=4, steps=30, **settings)
     network, data = model(), text()
     before = evaluate(network, data.in_order(4)).loss
-    done = train(network, list(network.parameters()), 0, data, config, assignment(0.01), seed=1)
+    done = run(network, config, assignment(0.01, recipe=recipe), data)
     assert done.steps == 30 and done.sequences == 120
     after = evaluate(network, data.in_order(4)).loss
     assert after < before - 0.5
@@ -145,37 +164,56 @@ def test_figures_are_of_all_steps():
     data = text()
     config = TrainingConfig(batch=4, epochs=2, learning_rate=1.0, optimizer="sgd", clip_norm=None)
     network = model()
-    done = train(network, list(network.parameters()), 0, data, config, assignment(0.0), seed=1)  # rate 0: the model stays as it is
+    done = run(network, config, assignment(0.0), data)  # rate 0: the model stays as it is
     steps = [data.batch(rows) for rows in batches(config, len(data), 1, 1, 3)]
     with torch.no_grad():
         losses = [next_token_loss(network(inputs), targets).item() for inputs, targets in steps]
-    assert done == Trained(2 * math.ceil(len(data) / 4), 2 * len(data), pytest.approx(sum(losses) / len(losses), abs=1e-5))
+    flops = 2 * len(data) * 8 * (9 * 6656 + 28_800)  # see above; padded positions are computed like all others
+    assert done == Trained(2 * math.ceil(len(data) / 4), 2 * len(data), flops, pytest.approx(sum(losses) / len(losses), abs=1e-5))
 
 
+def test_flops_are_those_of_the_window_its_recipe_and_the_prefix_as_it_was_computed():
+    # 3 steps of 2 rows: 48 tokens; window of the last 2 blocks, so one frozen block of F = 6656 (see above); 1 block computed again
+    order = assignment(0.0, first=2, recipe=Recipe(1, recomputed=1))
+    done = run(model(), PLAIN, order)
+    assert done.flops == 48 * (6656 + (3 * 2 + 1) * 6656 + 28_800) == costs(PLAIN).flops(order.window, 48, order.recipe)
+    network = model()
+    files = {2: FeatureFile(len(text()), SPEC.context, SPEC.width, (1, 1))}
+    prefix = Prefix(network, 2, files)
+    parameters = freeze_outside(network, order.window)
+    again = [train(network, parameters, text(), PLAIN, order, prefix, costs(PLAIN), seed=1) for _ in range(2)]
+    rows = len({row for batch in batches(PLAIN, len(text()), 1, 1, 3) for row in batch})
+    assert [done.flops for done in again] == [rows * 8 * 6656 + 48 * (7 * 6656 + 28_800)] * 2  # each row passed the prefix once
+    assert rows == 6 and again[0].loss == done.loss == again[1].loss
+
+
+@pytest.mark.parametrize("recipe", [Recipe(8), Recipe(1)], ids=lambda recipe: recipe.describe(8))
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_zero_steps_change_nothing(optimizer):
+def test_zero_steps_change_nothing(optimizer, recipe):
     network = model()
     for settings in ({"steps": 0}, {"epochs": 0}):
         config = TrainingConfig(optimizer=optimizer, weight_decay=0.1, **settings)
-        assert train(network, list(network.parameters()), 0, text(), config, assignment(1.0), seed=1) == Trained(0, 0, None)
+        assert run(network, config, assignment(1.0, recipe=recipe)) == Trained(0, 0, 0, None)
     assert same_bits(values(network), weights())
 
 
+@pytest.mark.parametrize("recipe", [Recipe(2), Recipe(1), Recipe(2, 5, 2, True)], ids=lambda recipe: recipe.describe(2))
 @pytest.mark.parametrize("frozen", range(SPEC.depth + 2))
-def test_only_the_window_moves(frozen):
+def test_only_the_window_moves(frozen, recipe):
     network = model()
-    parameters = freeze_outside(network, Window(frozen, SPEC.depth + 2))
-    train(network, parameters, frozen, text(), TrainingConfig(batch=2, steps=2, weight_decay=0.1), assignment(0.01), seed=1)
+    config = TrainingConfig(batch=2, steps=2, weight_decay=0.1, clip_norm=None)
+    run(network, config, assignment(0.01, first=frozen, recipe=recipe))
     moved = {name for name, tensor in network.named_tensors().items() if not torch.equal(tensor, weights()[name])}
     assert moved == {name for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def test_the_same_round_trains_to_the_same_bits():
+@pytest.mark.parametrize("recipe", [Recipe(2), Recipe(1, 5, 2)], ids=lambda recipe: recipe.describe(2))
+def test_the_same_round_trains_to_the_same_bits(recipe):
     config = TrainingConfig(batch=2, steps=3)
 
     def result(seed=1, **which):
         network = model()
-        train(network, list(network.parameters()), 0, text(), config, assignment(0.01, **which), seed)
+        run(network, config, assignment(0.01, recipe=recipe, **which), seed=seed)
         return values(network)
 
     assert same_bits(result(), result())
@@ -184,18 +222,19 @@ def test_the_same_round_trains_to_the_same_bits():
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_named(damage):
+@pytest.mark.parametrize("recipe", [Recipe(2), Recipe(1, 5, 2), Recipe(2, fused_update=True)], ids=lambda recipe: recipe.describe(2))
+def test_a_loss_that_is_not_finite_is_named(damage, recipe):
     network = model()
     with torch.no_grad():
         network.head.norm.bias[0] = damage
     with pytest.raises(NotFinite, match="(?s)client 3.*step 1.*training.learning_rate.*training.clip_norm"):
-        train(network, list(network.parameters()), 0, text(), PLAIN, assignment(0.1), seed=1)
+        run(network, PLAIN, assignment(0.1, recipe=recipe))
 
 
 def test_a_diverging_client_is_stopped():
     network = model()
     with pytest.raises(NotFinite, match="client 3"):
-        train(network, list(network.parameters()), 0, text(), replace(PLAIN, steps=20), assignment(1e20), seed=1)
+        run(network, replace(PLAIN, steps=20), assignment(1e20))
 
 
 def test_optimizers_are_made_as_configured():

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import Parameter
 
-from distfl.config import TrainConfig, TrainingConfig
+from distfl.config import LeversConfig, TrainConfig, TrainingConfig
 from distfl.costs import Cost, Costs
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
 from distfl.messages import Assignment, Piece
 from distfl.model import ModelSpec, TinyTransformer, skeleton
-from distfl.planner import Selection
+from distfl.planner import Selection, cheapest
+from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
 from distfl.training import learning_rate, state_tensors
 from distfl.units import Unit, UnitTable, freeze_outside
@@ -32,16 +33,24 @@ class Workload:
     Args:
         costs: formulas of one depth.
         training: batch, epochs or steps.
+        levers: which recipes the planner may use.
+        stable_units: leading units that no client of the fleet ever trains.
         learning_rate: of the round being planned.
     """
 
     costs: Costs
     training: TrainingConfig
+    levers: LeversConfig
     learning_rate: float
+    stable_units: int = 0
 
     def costs_for(self, client: Client) -> Costs:
         """The formulas with the batch this client fills: one with few sequences never makes a full one."""
         return replace(self.costs, batch=min(self.costs.batch, client.rows))
+
+    def recipes(self, client: Client, blocks: int) -> Iterator[Recipe]:
+        """How a client may compute its steps, cheapest in time first."""
+        return candidates(self.levers, self.training, self.costs_for(client).batch, blocks)
 
     def sequences(self, client: Client) -> int:
         """Training sequences (padded ones count) that a client computes in one round."""
@@ -85,14 +94,51 @@ class Method(ABC):
         """
 
     def cost(self, client: Client, window: Any, workload: Workload) -> Cost:
-        """Peak, upload and FLOPs of a client's round; default: those of its window."""
+        """Peak, upload and FLOPs of a client's round, by the cheapest recipe that fits its budget; default: those of its window."""
+        blocks = workload.costs.table.trained_blocks(window)
+        return cheapest((self.cost_by(client, window, recipe, workload) for recipe in workload.recipes(client, blocks)), client.budget)
+
+    def cost_by(self, client: Client, window: Any, recipe: Recipe, workload: Workload) -> Cost:
+        """The same by a given recipe."""
         costs = workload.costs_for(client)
         tokens = workload.sequences(client) * costs.spec.context
-        return Cost(costs.peak(window), self.upload_bytes(client, window, workload), costs.flops(window, tokens))
+        upload = self.upload_bytes(client, window, workload)
+        return Cost(costs.peak(window, recipe), upload, costs.flops(window, tokens, recipe), recipe)
 
     def upload_bytes(self, client: Client, window: Any, workload: Workload) -> int:
         """Payload of the update, without message headers."""
         return workload.costs.table.window_bytes(window)
+
+    def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
+        """Leading units that none of these clients trains in any round; their outputs can be kept. Default: none is known."""
+        return 0
+
+    def assignment(
+        self, round: int, client: Client, window: Any, recipe: Recipe, weight: float, workload: Workload, **detail: Any
+    ) -> Assignment:
+        """An assignment with its predicted costs."""
+        cost = self.cost_by(client, window, recipe, workload)
+        return Assignment(
+            round,
+            client.id,
+            window,
+            weight,
+            client.budget.memory_bytes,
+            cost.peak.bytes,
+            cost.flops,
+            recipe,
+            workload.learning_rate,
+            workload.stable_units,
+            detail,
+        )
+
+    def sits_out(self, round: int, client: Client, weight: float, workload: Workload) -> Assignment:
+        """The assignment of a client that cannot take part."""
+        return Assignment(round, client.id, None, weight, client.budget.memory_bytes, 0, 0, Recipe(1), workload.learning_rate)
+
+    def trained_bytes(self, window: Any, table: UnitTable) -> int:
+        """Bytes of the tensors that a client with this window trains; all others it only reads."""
+        return table.window_bytes(window)
 
     # --- client
     @contextmanager
@@ -144,12 +190,13 @@ def load_method(name: str, options: dict[str, Any]) -> Method:
 
 def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -> Workload:
     """Formulas of one depth under this config."""
-    return Workload(costs_of(config, method, spec), config.training, learning_rate(config.training, round, config.rounds))
+    return Workload(costs_of(config, method, spec), config.training, config.levers, learning_rate(config.training, round, config.rounds))
 
 
 def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
     """The cost formulas of one depth; every rank builds the same."""
-    return Costs(table_of(method, spec), config.training.batch, state_tensors(config.training), round(config.memory.margin_mb * MEGA))
+    margin = round(config.memory.margin_mb * MEGA)
+    return Costs(table_of(method, spec), config.training.batch, state_tensors(config.training), margin, config.levers.frozen_precision)
 
 
 def table_of(method: Method, spec: ModelSpec) -> UnitTable:

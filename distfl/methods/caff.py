@@ -71,10 +71,14 @@ class Caff(Method):
         planned = widest(client, depth, partial(self._cost_of_suffix, workload))
         blocks = min(depth, planned + self.options.extra_blocks.get(client.group, 0)) if planned else 0
         blocks = blocks if limit is None else min(blocks, limit)
-        window = table.suffix(blocks) if blocks else None
-        predicted = self.cost(client, window, workload).peak.bytes if window else 0
         weight = float(client.rows) if self.options.averaging == "contributors" else 1.0
-        return Assignment(round, client.id, window, weight, client.budget.memory_bytes, predicted, workload.learning_rate)
+        if not blocks:
+            return self.sits_out(round, client, weight, workload)
+        recipe = self._cost_of_suffix(workload, client, min(blocks, planned)).recipe  # extra blocks get no levers of their own
+        return self.assignment(round, client, table.suffix(blocks), recipe, weight, workload)
+
+    def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
+        return min((a.window.first for a in self.plan(1, clients, workload, {}) if a.window), default=0)
 
     def _cost_of_suffix(self, workload: Workload, client: Client, blocks: int) -> Cost:
         return self.cost(client, workload.costs.table.suffix(blocks), workload)

@@ -20,6 +20,8 @@ from distfl.model import ModelSpec, initial_tensors
 from distfl.pretrain import train_tokenizer
 
 WORDS = ("the of and to in that it was his he with as for had is at on her by not be which she you from said all but have him").split()
+PLAIN = dict.fromkeys(("micro_batches", "loss_chunks", "recompute", "fused_update"), "off")
+AUTO = [f"levers.{lever}=auto" for lever in PLAIN]
 SHAPE = {"width": 64, "heads": 2, "context": 64, "vocabulary": 512}
 
 
@@ -56,7 +58,7 @@ def family(tmp_path_factory, corpus):
 
 @pytest.fixture
 def config(tmp_path, corpus, family):
-    """A config file of 12 clients in two budget groups; one block more than planned costs about 5 MB."""
+    """A config file of 12 clients in two budget groups; by plain steps, so that one block more than planned costs 4.6 MB."""
     values = {
         "rounds": 2,
         "seed": 3,
@@ -69,12 +71,19 @@ def config(tmp_path, corpus, family):
             "cache": str(tmp_path / "cache"),
         },
         "model": {"family": str(family), "depths": [4]},
-        "fleet": {"groups": [{"name": "weak", "memory_mb": 16, "share": 0.5}, {"name": "strong", "memory_mb": 40, "share": 0.5}]},
+        "fleet": {"groups": [{"name": "weak", "memory_mb": 14, "share": 0.5}, {"name": "strong", "memory_mb": 40, "share": 0.5}]},
         "training": {"batch": 16, "steps": 2, "learning_rate": 1e-3},
+        "levers": PLAIN,
+        "memory": {"margin_mb": 0.5},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def _hear_sigint() -> None:
+    """A shell starts what it sends to the background with SIGINT ignored; what is tested here must hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Distfl:
@@ -85,7 +94,8 @@ class Distfl:
 
     def start(self, *arguments: str, ranks: int | None = None, program: list[str] | None = None) -> subprocess.Popen:
         command = [*(program or [sys.executable, "-m", "distfl"]), *map(str, arguments), *(["--ranks", str(ranks)] if ranks else [])]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=_hear_sigint)
 
     def __call__(
         self, *arguments: str, ranks: int | None = None, timeout: float = 120, program: list[str] | None = None

@@ -1,0 +1,160 @@
+"""The C library's allocator, set so that what a process holds follows what is alive.
+
+glibc's defaults waste up to a third of a small budget and cost page faults where they do not. Three settings
+together leave nearly nothing of either (``tests/benchmarks/allocator.py`` measures it):
+
+* long-lived tensors (weights, optimiser state, gradients that add up) are mapped one by one, so that they go
+  wholly when they are freed;
+* inside a step everything comes from one heap that is kept until the client ends: no page is faulted twice, and
+  the next tensor takes the hole that the last one left;
+* that needs freed slivers to merge with their neighbours at once: an aligned allocation leaves one on each
+  side, and as long as the thread cache or a fast bin holds it, a hole of a tensor's own size is too small for it;
+* and MKL must not keep its scratch buffers, nor OpenMP a team that moves about, in the middle of that heap.
+
+The last two can only be had when a process starts (``environment``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MAPPED_FROM_BYTES = 32 * 1024
+SMALLEST_PLUG_BYTES = 2 * 2**20
+SPARED_BYTES = 2**20  # for other threads, while the holes are looked for
+MOST_PLUGGED_BYTES = 2**30  # beyond this much of holes they are used rather than passed over
+TUNABLE = "glibc.malloc.tcache_count=0"
+
+_M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = 1, -1, -2, -3, -4, -8  # glibc's malloc.h
+_NEVER_TRIM, _MAPPINGS = 2**31 - 1, 65536
+
+
+def environment() -> dict[str, str]:
+    """What a process must find in its environment when it starts."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if TUNABLE not in tunables:
+        tunables = ":".join(filter(None, [tunables, TUNABLE]))
+    threads = os.environ.get("DISTFL_THREADS", "1")
+    return {"GLIBC_TUNABLES": tunables, "MKL_DISABLE_FAST_MM": "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def is_prepared() -> bool:
+    """Whether this process started with that environment."""
+    return all(os.environ.get(name) == value for name, value in environment().items())
+
+
+def restart_prepared() -> None:
+    """Replace this process by itself with the environment set; returns where it is already, or where glibc does not rule.
+
+    To be called before anything is imported that is slow, and before MPI starts.
+    """
+    if not is_prepared() and sys.platform.startswith("linux"):
+        os.environ.update(environment())
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def exact_allocator() -> None:
+    """Map large blocks one by one and merge freed small ones at once. Other C libraries are left as they are."""
+    if (mallopt := _function("mallopt")) is None:
+        return
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_TOP_PAD, 0)  # else the heap grows ahead of need, and large blocks are cut from that
+    mallopt(_M_MXFAST, 0)
+    mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, MAPPED_FROM_BYTES)
+
+
+@contextmanager
+def fresh_heap() -> Iterator[None]:
+    """Inside, the heap's larger holes are taken, so that what is made comes from its end, in one piece.
+
+    Something small that a library made late in the step before may still lie far up in the heap; the room below
+    it is never cut to the next step's measure.
+    """
+    trim_heap()
+    malloc, free = _function("malloc"), _function("free")
+    plugs = []
+    if is_prepared() and free_heap_bytes() < MOST_PLUGGED_BYTES:
+        malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        with _no_more_memory():
+            size = 2 ** free_heap_bytes().bit_length()
+            while size >= SMALLEST_PLUG_BYTES:
+                if plug := malloc(size):
+                    plugs.append(plug)
+                else:
+                    size //= 2
+    try:
+        yield
+    finally:
+        for plug in plugs:
+            free(plug)
+
+
+@contextmanager
+def _no_more_memory() -> Iterator[None]:
+    """Inside, the C library finds next to nothing but what it has already."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    mallopt = _function("mallopt")
+    with open("/proc/self/statm") as file:
+        present = int(file.read().split()[5]) * resource.getpagesize()
+    mallopt(_M_MMAP_MAX, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (present + SPARED_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        mallopt(_M_MMAP_MAX, _MAPPINGS)
+
+
+@contextmanager
+def one_heap() -> Iterator[None]:
+    """Inside, everything comes from one heap that does not shrink; without the prepared environment nothing changes."""
+    mallopt = _function("mallopt") if is_prepared() else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _MAPPINGS)
+        mallopt(_M_TRIM_THRESHOLD, MAPPED_FROM_BYTES)
+        trim_heap()  # at once: what is made next and lives on must not lie at the far end of a large empty heap
+
+
+def trim_heap() -> None:
+    """Give freed heap pages back, so that a client cannot live on the slack of the one before it."""
+    if (malloc_trim := _function("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def collect_garbage() -> None:
+    """Drop what a failed client's exception still referred to."""
+    gc.collect()
+    trim_heap()
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2: ten counters, the ninth is the free bytes inside the heap."""
+
+    _fields_ = [(f"field{number}", ctypes.c_size_t) for number in range(10)]
+
+
+def free_heap_bytes() -> int:
+    """Bytes of the heap that are mapped but free: allocations could take them unseen by any limit."""
+    if (mallinfo2 := _function("mallinfo2")) is None:
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return mallinfo2().field8
+
+
+def _function(name: str):
+    """A function of the C library, or None where it has none of this name."""
+    return getattr(ctypes.CDLL(None), name, None)

@@ -1,0 +1,168 @@
+"""``distfl calibrate``: clients of many shapes, windows and recipes are hosted here, and their peaks compared with the formulas.
+
+Every case goes through the code of a round (``hosting.host``), on random weights and tokens; nothing is
+enforced. What remains between formula and measurement is the allocator's and the interpreter's, and is what
+``memory.margin_mb`` is for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from distfl import seeds
+from distfl.caps.base import MemoryCap
+from distfl.caps.rlimit import Report
+from distfl.config import FleetConfig, GroupConfig, LeversConfig, MemoryConfig, TrainConfig, TrainingConfig
+from distfl.errors import PlanError
+from distfl.fleet import MEGA
+from distfl.hosting import RankState, host, rank_state, rehearse
+from distfl.messages import Assignment, ClientReport
+from distfl.model import ModelSpec, initial_tensors
+from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
+from distfl.shards import TOKEN, Shard, ShardIndex
+from distfl.transport.local import group
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One client: a model, how it trains, its window and recipe."""
+
+    spec: ModelSpec
+    batch: int
+    optimizer: str
+    clip: bool
+    blocks: int
+    recipe: Recipe
+    mapped_prefix: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case's predicted peak (without margin) beside the measured one, in bytes above the baseline."""
+
+    case: Case
+    predicted_bytes: int
+    measured_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Prediction over measurement, less one: negative = too low."""
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def cases() -> Iterator[Case]:
+    """Shapes x windows x recipes; every lever alone and several together."""
+    shapes = (
+        ModelSpec(6, 128, 4, 128, 2048),
+        ModelSpec(12, 128, 4, 128, 2048),
+        ModelSpec(12, 256, 8, 128, 2048),
+        ModelSpec(4, 192, 6, 64, 512),
+    )
+    for spec in shapes:
+        windows = sorted({1, spec.depth // 3, spec.depth})
+        for blocks, (batch, micro_batch) in itertools.product(windows, ((16, 16), (16, 4), (16, 1))):
+            for chunk, recomputed in ((None, 0), (LOSS_CHUNK_TOKENS, 0), (LOSS_CHUNK_TOKENS, blocks), (LOSS_CHUNK_TOKENS, blocks // 2)):
+                if recomputed or (chunk, blocks) != (LOSS_CHUNK_TOKENS, 1):
+                    yield Case(spec, batch, "adamw", True, blocks, Recipe(micro_batch, chunk, recomputed), True)
+        for blocks in windows:
+            yield Case(spec, 8, "adamw", False, blocks, Recipe(8, LOSS_CHUNK_TOKENS, blocks, True), True)
+            yield Case(spec, 8, "sgd", True, blocks, Recipe(2, LOSS_CHUNK_TOKENS), False)
+
+
+def compare(case: Case, folder: Path) -> Comparison:
+    """Host one case's client and measure it; its tokens lie in ``folder``."""
+    state = rank_of(case, folder)
+    rehearse(state)
+    report = hosted(state, case, Report(), 10**12)
+    if not report.ok:
+        raise PlanError(f"calibration of {case}", report.reason, "calibrate where more memory is free")
+    return Comparison(case, report.predicted_peak_bytes, report.measured_peak_bytes)
+
+
+def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> ClientReport:
+    """One round of the case's client under a cap."""
+    window = state.table.suffix(case.blocks)
+    predicted = state.costs.peak(window, case.recipe).bytes
+    return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, case.recipe, learning_rate=1e-3))[1]
+
+
+def rank_of(case: Case, folder: Path) -> RankState:
+    """A rank that can host the case's client, with random weights, and tokens in ``folder``."""
+    config = TrainConfig(
+        FleetConfig((GroupConfig("all", 1e6, share=1.0),)),
+        TrainingConfig(batch=case.batch, steps=STEPS, optimizer=case.optimizer, clip_norm=1.0 if case.clip else None),
+        memory=MemoryConfig("report", margin_mb=0),
+        levers=LeversConfig(mapped_prefix="on" if case.mapped_prefix else "off", prefix_features="off"),
+    )
+    count = 4 * case.batch * case.spec.context + 1
+    seeds.generator(1, "calibration").integers(0, case.spec.vocabulary, count).astype(TOKEN).tofile(folder / "tokens.bin")
+    state = rank_state(group(1)[0], config, case.spec, ShardIndex(str(folder), "", (Shard("client", 0, count, 0),)))
+    state.replica.fill(initial_tensors(case.spec, torch.Generator().manual_seed(1)))
+    return state
+
+
+def calibrate(output: Path, show) -> list[Comparison]:
+    """Compare all cases; writes ``calibration.jsonl`` and ``calibration.png`` into ``output`` and shows a line per case."""
+    output.mkdir(parents=True, exist_ok=True)
+    found = []
+    with TemporaryDirectory() as folder, open(output / "calibration.jsonl", "w") as file:
+        for case in cases():
+            found.append(compare(case, Path(folder)))
+            show(line(found[-1]))
+            file.write(json.dumps(asdict(found[-1]) | {"error": found[-1].error}) + "\n")
+    return found
+
+
+def picture(found: list[Comparison], path: Path) -> Path:
+    """Predicted over measured peaks, and the errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = np.array([comparison.measured_bytes for comparison in found]) / MEGA
+    predicted = np.array([comparison.predicted_bytes for comparison in found]) / MEGA
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    left.loglog(measured, predicted, ".", alpha=0.6)
+    ends = [measured.min(), measured.max()]
+    left.plot(ends, ends, "k-", linewidth=0.7)
+    left.set(xlabel="measured peak, MB", ylabel="predicted peak without margin, MB")
+    right.axhline(0, color="k", linewidth=0.7)
+    right.semilogx(measured, 100 * (predicted / measured - 1), ".", alpha=0.6)
+    right.set(xlabel="measured peak, MB", ylabel="error of the prediction, %")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def line(found: Comparison) -> str:
+    """One comparison as text."""
+    case = found.case
+    spec = case.spec
+    return (
+        f"depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} {case.optimizer} batch {case.batch} "
+        f"blocks {case.blocks:2}: predicted {found.predicted_bytes / MEGA:7.2f} measured {found.measured_bytes / MEGA:7.2f} MB "
+        f"{100 * found.error:+5.1f} %  {case.recipe.describe(case.batch)}"
+    )
+
+
+def verdict(found: list[Comparison]) -> str:
+    """The errors in a few lines, and the margin that would have covered every case."""
+    errors = np.array([comparison.error for comparison in found])
+    short = max(comparison.measured_bytes - comparison.predicted_bytes for comparison in found) / MEGA
+    return (
+        f"{len(found)} cases: median error {100 * np.median(abs(errors)):.2f} %, within 5 %: {100 * np.mean(abs(errors) <= 0.05):.0f} %, "
+        f"lowest {100 * errors.min():+.1f} %, highest {100 * errors.max():+.1f} %\n"
+        f"largest shortfall {max(0.0, short):.2f} MB: memory.margin_mb={math.ceil(max(0.0, short) * 10) / 10} covers all of them"
+    )

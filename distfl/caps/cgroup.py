@@ -1,0 +1,223 @@
+"""A cap by control group: the client runs in a process of its own, in a group of its own, and the kernel kills it there.
+
+The group counts what the client's pages are, touched or copied, page cache and kernel memory included, and
+needs a folder of the hierarchy in which this process may make groups: with version 1 as root (or a delegated
+folder), with version 2 a delegated group (``systemd-run --user --scope -p Delegate=yes``, ``DISTFL_CGROUP``), or root.
+
+The rank forks for every client: the child inherits the replica, settles, reads its baseline, gets its limit,
+works, and hands buffers and facts back through a pipe. The rank itself is never in danger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import struct
+import traceback
+import uuid
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distfl.allocator import fresh_heap
+from distfl.caps.base import Measured, MemoryCap, Outcome, Work
+from distfl.errors import CapError
+
+FOLDER = "DISTFL_CGROUP"
+_HEAD = struct.Struct("<QQ")  # bytes of the JSON part, bytes of the buffers
+
+
+class Cgroup(MemoryCap):
+    """What both versions do; they differ in the names of files.
+
+    Args:
+        root: the folder to make groups in.
+    """
+
+    enforced, in_this_process = True, False
+    limit_file: str
+    usage_file: str
+    peak_file: str
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @abstractmethod
+    def kills(self, group: Path) -> int:
+        """Processes of a group that the kernel has killed for memory."""
+
+    def prepare(self, group: Path) -> None:
+        """Shut other ways out than memory (swap)."""
+
+    def run(self, budget_bytes: int, work: Work, charged_bytes: int = 0, settle: Callable[[], object] | None = None) -> Measured:
+        group = self.root / f"distfl-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        group.mkdir()
+        try:
+            self.prepare(group)
+            return self._run_in(group, budget_bytes, charged_bytes, work, settle)
+        finally:
+            group.rmdir()
+
+    def _run_in(self, group: Path, budget_bytes: int, charged_bytes: int, work: Work, settle: Callable[[], object] | None) -> Measured:
+        readable, writable = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(readable)
+            self._be_the_client(group, budget_bytes - charged_bytes, work, settle, writable)
+        os.close(writable)
+        try:
+            with open(readable, "rb") as pipe:
+                baseline = pipe.read(8)
+                sent = pipe.read()
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        peak = int((group / self.peak_file).read_text()) - int.from_bytes(baseline, "little") + charged_bytes
+        if status == 0:
+            return Measured(_unpack(sent), max(0, peak))
+        if status == -signal.SIGKILL and self.kills(group) and any(baseline):
+            return Measured(None, max(0, peak), "killed by the kernel at the limit of its control group")
+        raise RuntimeError(f"a client's process ended with {status}\n{sent.decode(errors='replace')}")
+
+    def _be_the_client(self, group: Path, limit_bytes: int, work: Work, settle: Callable[[], object] | None, pipe: int) -> None:
+        """The child's life; never returns."""
+        code = 1
+        with open(pipe, "wb") as stream, contextlib.ExitStack() as stack:
+            told = False
+            try:
+                torch.set_num_threads(1)  # the threads of the parent's pool do not live here
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+                if settle is not None:
+                    settle()
+                gc.collect()  # writes to every object: pages shared with the parent are copied here, not in the client's time
+                stack.enter_context(fresh_heap())
+                baseline = int((group / self.usage_file).read_text())
+                (group / self.limit_file).write_text(str(baseline + max(0, limit_bytes)))
+                with contextlib.suppress(OSError):  # version 2 on kernels before 6.12: the peak counts from the fork
+                    (group / self.peak_file).write_text("0")
+                stream.write(baseline.to_bytes(8, "little"))
+                stream.flush()
+                told = True
+                for part in _pack(work()):
+                    stream.write(part)
+                code = 0
+            except BaseException:
+                stream.write((b"" if told else bytes(8)) + traceback.format_exc().encode())
+        os._exit(code)  # neither MPI nor the exit handlers are the child's
+
+
+def _pack(outcome: Outcome) -> Iterator[bytes | memoryview]:
+    """What goes through the pipe; the buffers as they are, for a copy would be the client's memory."""
+    shapes = [(block.dtype.str, block.nbytes) for block in outcome.blocks]
+    text = json.dumps([outcome.facts, shapes]).encode()
+    yield _HEAD.pack(len(text), sum(block.nbytes for block in outcome.blocks)) + text
+    for block in outcome.blocks:
+        if block.nbytes:
+            yield memoryview(block).cast("B")
+
+
+def _unpack(sent: bytes) -> Outcome:
+    text, buffers = _HEAD.unpack_from(sent)
+    if len(sent) != _HEAD.size + text + buffers:
+        raise RuntimeError(f"a client's process sent {len(sent)} bytes of {_HEAD.size + text + buffers}")
+    facts, shapes = json.loads(sent[_HEAD.size : _HEAD.size + text])
+    place, blocks = _HEAD.size + text, []
+    for kind, bytes_ in shapes:
+        blocks.append(np.frombuffer(sent[place : place + bytes_], kind))  # a copy of its own: aligned
+        place += bytes_
+    return Outcome(blocks, facts)
+
+
+class CgroupV1(Cgroup):
+    """The memory controller of version 1."""
+
+    name = "cgroup-v1"
+    limit_file, usage_file, peak_file = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.max_usage_in_bytes"
+
+    def prepare(self, group: Path) -> None:
+        with contextlib.suppress(OSError):
+            (group / "memory.swappiness").write_text("0")
+
+    def kills(self, group: Path) -> int:
+        return _counter(group / "memory.oom_control", "oom_kill")
+
+
+class CgroupV2(Cgroup):
+    """The unified hierarchy."""
+
+    name = "cgroup-v2"
+    limit_file, usage_file, peak_file = "memory.max", "memory.current", "memory.peak"
+
+    def prepare(self, group: Path) -> None:
+        if not (group / self.limit_file).exists():
+            raise CapError(f"a group in {self.root}", "it has no memory controller", "write +memory into its cgroup.subtree_control")
+        with contextlib.suppress(OSError):
+            (group / "memory.swap.max").write_text("0")
+
+    def kills(self, group: Path) -> int:
+        return _counter(group / "memory.events", "oom_kill")
+
+
+def _counter(file: Path, key: str) -> int:
+    return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [key]), 0)
+
+
+def open_cgroup(version: int, proc: Path = Path("/proc/self")) -> Cgroup:
+    """The mechanism of one version, in the first folder where groups can be made.
+
+    Raises:
+        CapError: there is none; says which were tried and what to do.
+    """
+    tried = []
+    for folder in _folders(version, proc):
+        group = folder / f"distfl-probe-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError as error:
+            tried.append(f"{folder}: {error.strerror}")
+            continue
+        try:
+            if (group / (CgroupV1 if version == 1 else CgroupV2).limit_file).exists():
+                return CgroupV1(folder) if version == 1 else CgroupV2(folder)
+            tried.append(f"{folder}: groups in it have no memory controller")
+        finally:
+            group.rmdir()
+    raise CapError(
+        f"memory.enforce = cgroup-v{version}",
+        "; ".join(tried) or f"no hierarchy of version {version} with a memory controller is mounted",
+        f"start it as root, or under systemd-run --user --scope -p Delegate=yes, or name a delegated group in {FOLDER}",
+    )
+
+
+def _folders(version: int, proc: Path) -> list[Path]:
+    """Where this process might make groups: the named folder, its own group, the one above (version 2 allows no
+    groups below one with processes)."""
+    if named := os.environ.get(FOLDER):
+        is_v1 = (Path(named) / CgroupV1.limit_file).exists()
+        return [Path(named)] if is_v1 == (version == 1) else []
+    mount = _mounted(version, proc)
+    if mount is None:
+        return []
+    own = ""
+    for line in (proc / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if (version == 2 and controllers == "") or (version == 1 and "memory" in controllers.split(",")):
+            own = path.lstrip("/")
+    folders = [mount / own, (mount / own).parent, mount] if own else [mount]  # in a container the path may be the host's
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _mounted(version: int, proc: Path) -> Path | None:
+    for line in (proc / "mounts").read_text().splitlines():
+        _, place, kind, options = line.split()[:4]
+        if (version == 2 and kind == "cgroup2") or (version == 1 and kind == "cgroup" and "memory" in options.split(",")):
+            return Path(place)
+    return None

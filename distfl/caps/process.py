@@ -1,0 +1,40 @@
+"""Memory of this process, as the kernel counts it: what is resident, its high-water mark, what RLIMIT_DATA counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distfl.errors import CapError
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return _status("VmRSS")
+
+
+def high_water_bytes() -> int:
+    """Most resident memory since the last reset."""
+    return _status("VmHWM")
+
+
+def data_bytes() -> int:
+    """What RLIMIT_DATA counts."""
+    return _status("VmData")
+
+
+def reset_high_water() -> None:
+    """Let the high-water mark start again from the present (raises CapError)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise CapError(
+            "the peak of one client", f"/proc/self/clear_refs: {error}", "run where it can be written; some containers hide it"
+        ) from None
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise CapError(f"{key} of this process", "/proc/self/status does not name it", "use Linux, where memory can be measured")

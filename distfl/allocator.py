@@ -9,9 +9,11 @@ together leave nearly nothing of either (``tests/benchmarks/allocator.py`` measu
   the next tensor takes the hole that the last one left;
 * that needs freed slivers to merge with their neighbours at once: an aligned allocation leaves one on each
   side, and as long as the thread cache or a fast bin holds it, a hole of a tensor's own size is too small for it;
-* and MKL must not keep its scratch buffers, nor OpenMP a team that moves about, in the middle of that heap.
+* what libraries keep (MKL's buffers for packed matrices) must not lie in the middle of that heap: it is made before,
+  in the rehearsal, at its full size. Under a cap it could not be had safely either: MKL, refused its buffer, takes
+  another way without a word, whose sums round differently.
 
-The last two can only be had when a process starts (``environment``).
+The thread cache can only be turned off when a process starts (``environment``).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def environment() -> dict[str, str]:
     if TUNABLE not in tunables:
         tunables = ":".join(filter(None, [tunables, TUNABLE]))
     threads = os.environ.get("DISTFL_THREADS", "1")
-    return {"GLIBC_TUNABLES": tunables, "MKL_DISABLE_FAST_MM": "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {"GLIBC_TUNABLES": tunables, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 def is_prepared() -> bool:

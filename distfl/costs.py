@@ -25,8 +25,8 @@ from distfl.recipes import Recipe
 from distfl.units import VALUE_BYTES, UnitTable, Window
 
 PAGE_BYTES = 4096
-SCRATCH_BYTES = 500_000  # fitted
-BLOCKS_PER_HOLE = 6  # fitted
+SCRATCH_BYTES, SCRATCH_BYTES_PER_WIDTH = 800_000, 4000  # fitted
+BLOCKS_PER_HOLE, HOLES_OF_RECOMPUTATION = 6, 1  # fitted
 TOKEN_BYTES = 16  # an input and a target, int64 each
 
 
@@ -140,9 +140,9 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
     residual = entry + values * spec.feedforward  # gradients of a block's output and of its GELU output
     matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
-    # fitted by `distfl calibrate`: what matrix products pack their operands into, and holes in the heap
-    scratch = SCRATCH_BYTES + matrix
-    holes = (trained // BLOCKS_PER_HOLE + (recomputed > 0)) * entry
+    # fitted by `distfl calibrate`: graph and kernels' scratch, and holes in the heap
+    scratch = min(SCRATCH_BYTES, SCRATCH_BYTES_PER_WIDTH * spec.width)
+    holes = (trained // BLOCKS_PER_HOLE + HOLES_OF_RECOMPUTATION * (recomputed > 0)) * entry
     at_head = kept + entry * (1 + (chunk < tokens and trained > 0)) + holes
     backward = residual + matrix + scratch + holes
     # gradients made in backward, in the order in which they come

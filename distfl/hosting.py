@@ -166,7 +166,23 @@ def rehearse(state: RankState) -> None:
     """Small rounds of a two-block model of the same width, with every lever and without: library pages, kernels'
     caches and whatever else is made at the first use belong to the baseline, not to the first client. By single
     sequences: what stays of it may lie at the heap's end, with all that was freed below it."""
+    _rehearse_products(state)
     training = replace(state.config.training, epochs=None, steps=1)
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     for recipe in (Recipe(1), Recipe(1, max(1, state.spec.context // 2), 1)):
         _work(small, Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, 0, recipe, learning_rate=0.0), {})
+
+
+def _rehearse_products(state: RankState) -> None:
+    """Every matrix product of a full step, forward and backward: MKL keeps what it packs operands into for good."""
+    width, rows = state.spec.width, state.config.training.batch * state.spec.context
+    for inputs, outputs in (
+        (width, 3 * width),
+        (width, width),
+        (width, state.spec.feedforward),
+        (state.spec.feedforward, width),
+        (width, state.spec.vocabulary),
+    ):
+        layer = torch.nn.Parameter(torch.zeros(outputs, inputs))
+        x = torch.zeros(rows, inputs, requires_grad=True)
+        torch.nn.functional.linear(x, layer).sum().backward()

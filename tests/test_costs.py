@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distfl import allocator
 from distfl import model as model_module
-from distfl.costs import BLOCKS_PER_HOLE, SCRATCH_BYTES, Costs
+from distfl.costs import BLOCKS_PER_HOLE, SCRATCH_BYTES, SCRATCH_BYTES_PER_WIDTH, Costs
 from distfl.model import ModelSpec, from_tensors, initial_tensors, next_token_loss
 from distfl.recipes import Recipe
 from distfl.steps import add_gradients, features_of
@@ -57,7 +57,7 @@ def test_the_worked_example_comes_out_cell_by_cell(depth):
         left_out = {
             "the head's gradients": 100_352,
             "fc2's gradient on its way to where it adds up": 1_048_576,  # 4 * 256 * 1024
-            "what matrix products pack their operands into": SCRATCH_BYTES + 1_048_576,
+            "what matrix products pack their operands into": SCRATCH_BYTES,
             "holes in the heap": blocks // BLOCKS_PER_HOLE * 4_194_304,  # of 4 * 4096 * 256
             "the batch: two int64 per token": 65_536,  # 4096 * 16
             # four matrices a block and the output layer's, each with two of state, are mapped by themselves
@@ -115,8 +115,9 @@ def test_the_parts_of_a_peak_add_up_to_its_fullest_moment(recipe):
 # Six tokens: an input x = 4*6*4 = 96, a block's 4*6*70 = 1680 (8*4 + 2*16 + 2 + 4 = 70), logits 4*6*5 = 120, residual
 # 96 + 4*6*16 = 480. A matrix's gradient on its way 4*4*16 = 256, the output layer's 4*4*5 = 80.
 # S = what is fitted for the scratch space of matrix products, and 256. All tensors are too small for a mapping, and two blocks
-# too few for a hole.
-S = SCRATCH_BYTES + 256
+# too few for a hole; recomputation leaves one, of an input's size, however many blocks.
+S = SCRATCH_BYTES_PER_WIDTH * 4
+HOLE = 96
 BY_HAND = {
     "plain": (
         Recipe(2),
@@ -159,13 +160,13 @@ BY_HAND = {
         8480,
         {
             "prefix": 96,
-            "loss": 1680 + 96 + 96 + 96 + 2 * 120,
-            "head backward": 1680 + 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "loss": 1680 + 96 + 96 + 96 + 2 * 120 + HOLE,
+            "head backward": 1680 + 96 + 96 + 2 * 96 + 120 + 80 + S + HOLE,
             "optimizer": 0,
-            "first block backward": 1680 + 96 + 480 + 256 + S,
-            "last kept block backward": 1680 + 96 + 480 + 256 + S,
-            "first recomputation": 1680 + 480 + 256 + S,
-            "last recomputation": 1680 + 480 + 256 + S,
+            "first block backward": 1680 + 96 + 480 + 256 + S + HOLE,
+            "last kept block backward": 1680 + 96 + 480 + 256 + S + HOLE,
+            "first recomputation": 1680 + 480 + 256 + S + HOLE,
+            "last recomputation": 1680 + 480 + 256 + S + HOLE,
         },
     ),
     "both recomputed": (
@@ -173,11 +174,11 @@ BY_HAND = {
         8480,
         {
             "prefix": 96,
-            "loss": 2 * 96 + 96 + 96 + 2 * 120,
-            "head backward": 2 * 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "loss": 2 * 96 + 96 + 96 + 2 * 120 + HOLE,
+            "head backward": 2 * 96 + 96 + 2 * 96 + 120 + 80 + S + HOLE,
             "optimizer": 0,
-            "first recomputation": 96 + 1680 + 480 + 256 + S,  # the input of the other one still waits
-            "last recomputation": 1680 + 480 + 256 + S,
+            "first recomputation": 96 + 1680 + 480 + 256 + S + HOLE,  # the input of the other one still waits
+            "last recomputation": 1680 + 480 + 256 + S + HOLE,
         },
     ),
     "both recomputed, loss by 2 tokens, fused update": (
@@ -185,11 +186,11 @@ BY_HAND = {
         6528,
         {
             "prefix": 96,
-            "loss": 2 * 96 + 2 * 96 + 32 + 2 * 40,
-            "head backward": 2 * 96 + 2 * 96 + 2 * 32 + 40 + 80 + S,
+            "loss": 2 * 96 + 2 * 96 + 32 + 2 * 40 + HOLE,
+            "head backward": 2 * 96 + 2 * 96 + 2 * 32 + 40 + 80 + S + HOLE,
             "optimizer": 976,
-            "first recomputation": 96 + 1680 + 480 + 256 + S,
-            "last recomputation": 1680 + 480 + 256 + S,
+            "first recomputation": 96 + 1680 + 480 + 256 + S + HOLE,
+            "last recomputation": 1680 + 480 + 256 + S + HOLE,
         },
     ),
     "fused update": (  # gradients of one unit at a time, gone before the next one's come
@@ -371,6 +372,8 @@ def measured(depth, blocks, optimizer, recipe):
     return [recipe.describe(8), optimizer, blocks, done.outcome.facts["steps"], predicted, done.peak_bytes]
 
 plain = Recipe(8)
+for inputs, outputs in ((128, 384), (128, 128), (128, 512), (512, 128), (128, 2048)):  # MKL's buffers, at their full size
+    torch.nn.functional.linear(torch.zeros(1024, inputs, requires_grad=True), torch.nn.Parameter(torch.zeros(outputs, inputs))).sum().backward()
 for optimizer in ("adamw", "sgd"):
     measured(2, 1, optimizer, Recipe(1))  # what is made at the first use belongs to the baseline
 cases = [(blocks, optimizer, plain) for optimizer, blocks in (("adamw", 1), ("adamw", 2), ("adamw", 4), ("sgd", 1), ("sgd", 4))]

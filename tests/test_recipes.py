@@ -7,6 +7,7 @@ from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe, candidates
 
 FREE = TrainingConfig(batch=8, steps=1, clip_norm=None)
 CLIPPED = TrainingConfig(batch=8, steps=1, clip_norm=1.0)
+CHUNKS = {"auto": LOSS_CHUNK_TOKENS, "on": LOSS_CHUNK_TOKENS, "off": None}
 OFF = {"micro_batches": "off", "loss_chunks": "off", "recompute": "off", "fused_update": "off"}
 
 
@@ -24,17 +25,20 @@ def test_everything_on_takes_the_most_of_each():
 
 
 def test_all_recipes_for_a_batch_of_two_and_one_block_stand_in_order():
-    # for each number of recomputed blocks: batch 2 after backward, batch 2 fused, then batch 1, each without and with chunks
-    once = [(2, None, False), (2, 128, False), (2, None, True), (2, 128, True), (1, None, False), (1, 128, False)]
-    wanted = [Recipe(micro, chunk, recomputed, fused) for recomputed in (0, 1) for micro, chunk, fused in once]
-    assert of(batch=2, blocks=1) == wanted
+    # for each number of recomputed blocks: batch 2 after backward, batch 2 fused, then batch 1; chunks cost no time: auto is on
+    once = [(2, False), (2, True), (1, False)]
+    for switch, chunk in CHUNKS.items():
+        wanted = [Recipe(micro, chunk, recomputed, fused) for recomputed in (0, 1) for micro, fused in once]
+        assert of(batch=2, blocks=1, loss_chunks=switch) == wanted
+    assert of(batch=2, blocks=1) == of(batch=2, blocks=1, loss_chunks="auto")
 
 
+@pytest.mark.parametrize("switch, chunk", CHUNKS.items())
 @pytest.mark.parametrize("training", [FREE, CLIPPED])
 @pytest.mark.parametrize("batch, blocks", [(1, 1), (5, 3), (8, 6)])
-def test_the_plain_step_is_first_and_less_recomputation_comes_before_more(training, batch, blocks):
-    recipes = of(training, batch, blocks)
-    assert recipes[0] == Recipe(batch)
+def test_the_fastest_step_is_first_and_less_recomputation_comes_before_more(training, batch, blocks, switch, chunk):
+    recipes = of(training, batch, blocks, loss_chunks=switch)
+    assert recipes[0] == Recipe(batch, chunk)  # plain, but for what costs no time
     assert len(set(recipes)) == len(recipes)
     times = [(recipe.recomputed, -recipe.micro_batch) for recipe in recipes]
     assert times == sorted(times)
@@ -51,7 +55,7 @@ def test_micro_batches_halve_down_to_one(batch, sizes):
 @pytest.mark.parametrize(
     "lever, values",
     [
-        ("loss_chunks", {"auto": [None, 128], "on": [128], "off": [None]}),
+        ("loss_chunks", {"auto": [128], "on": [128], "off": [None]}),
         ("recompute", {"auto": [0, 1, 2, 3], "on": [3], "off": [0]}),
         ("fused_update", {"auto": [False, True], "on": [True], "off": [False]}),
     ],
@@ -70,7 +74,7 @@ def test_what_is_off_is_in_no_recipe_and_what_is_on_in_all(lever):
         "recompute": lambda recipe: recipe.recomputed > 0,
         "fused_update": lambda recipe: recipe.fused_update,
     }[lever]
-    assert {used(recipe) for recipe in of(**{lever: "auto"})} == {False, True}
+    assert {used(recipe) for recipe in of(**{lever: "auto"})} == ({True} if lever == "loss_chunks" else {False, True})
     assert {used(recipe) for recipe in of(**{lever: "off"})} == {False}
     assert {used(recipe) for recipe in of(**{lever: "on"})} == {True}
 

@@ -100,7 +100,7 @@ def test_a_fused_update_is_refused_where_gradients_must_be_kept(load, override):
     assert load("levers.fused_update=auto", override).levers.fused_update == "auto"
 
 
-@pytest.mark.parametrize("enforce", ["auto", "rlimit", "cgroup", "cgroup-v1", "cgroup-v2", "cuda", "report"])
+@pytest.mark.parametrize("enforce", ["auto", "rlimit", "cgroup", "cgroup-v1", "cgroup-v2", "report"])
 def test_every_mechanism_can_be_named(load, enforce):
     assert load(f"memory.enforce={enforce}").memory.enforce == enforce
 

@@ -301,7 +301,8 @@ def tensors_alone(monkeypatch):
     """Predictions without what is no tensor: pages of mappings, scratch memory of matrix products, holes in the heap."""
     monkeypatch.setattr(costs, "PAGE_BYTES", 0)
     monkeypatch.setattr(costs, "BLOCKS_PER_HOLE", 10**9)
-    monkeypatch.setattr(costs, "SCRATCH_BYTES", -4 * WIDE.width * WIDE.feedforward)  # a matrix of these is added to it
+    monkeypatch.setattr(costs, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(costs, "HOLES_OF_RECOMPUTATION", 0)
     costs._peak.cache_clear()
     yield
     costs._peak.cache_clear()

@@ -14,7 +14,7 @@ PROOF_BYTES = 16 * 10**6
 
 
 def make_cap(enforce: str) -> MemoryCap:
-    """The mechanism that ``memory.enforce`` asks for.
+    """The mechanism that ``memory.enforce`` asks for (or ``cuda``, which no config may ask for while clients train on the CPU).
 
     ``auto`` takes the first of rlimit, cgroup v2, cgroup v1 that can be proven: the limit that refuses the very
     byte comes before those that count touched pages. It never falls back to measuring only.

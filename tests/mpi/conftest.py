@@ -74,7 +74,7 @@ def config(tmp_path, corpus, family):
         "fleet": {"groups": [{"name": "weak", "memory_mb": 14, "share": 0.5}, {"name": "strong", "memory_mb": 40, "share": 0.5}]},
         "training": {"batch": 16, "steps": 2, "learning_rate": 1e-3},
         "levers": PLAIN,
-        "memory": {"margin_mb": 0.5},
+        "memory": {"margin_mb": 1.0},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))

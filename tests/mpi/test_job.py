@@ -81,7 +81,7 @@ def test_every_peak_is_under_its_cap_and_near_its_prediction(distfl, config, tmp
     assert len(reports) == 24 and all(report["ok"] for report in reports)
     for report in reports:
         assert report["measured_peak_bytes"] <= report["memory_bytes"]
-        assert -1.5e6 < report["measured_peak_bytes"] - report["predicted_peak_bytes"] < 0  # the prediction has a margin of 0.5 MB
+        assert -2.0e6 < report["measured_peak_bytes"] - report["predicted_peak_bytes"] < 0  # the prediction has a margin of 1 MB
     assert {report["blocks"] for report in reports} == blocks  # weak and strong clients train different windows
 
 

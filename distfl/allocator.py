@@ -7,13 +7,18 @@ together leave nearly nothing of either (``tests/benchmarks/allocator.py`` measu
   wholly when they are freed;
 * inside a step everything comes from one heap that is kept until the client ends: no page is faulted twice, and
   the next tensor takes the hole that the last one left;
-* that needs freed slivers to merge with their neighbours at once: an aligned allocation leaves one on each
+* small blocks have a place of their own, filled with free blocks of every small size: one of them between two
+  tensors, left there for a moment too long, makes a hole that nothing fits into;
+* one heap needs freed slivers to merge with their neighbours at once: an aligned allocation leaves one on each
   side, and as long as the thread cache or a fast bin holds it, a hole of a tensor's own size is too small for it;
 * what libraries keep (MKL's buffers for packed matrices) must not lie in the middle of that heap: it is made before,
   in the rehearsal, at its full size. Under a cap it could not be had safely either: MKL, refused its buffer, takes
   another way without a word, whose sums round differently.
 
-The thread cache can only be turned off when a process starts (``environment``).
+All threads share that one heap. With more than one, glibc hands a thread whose allocation was refused over to another
+heap for good, and those come in pieces of 64 MB.
+
+The thread cache and further heaps can only be turned off when a process starts (``environment``).
 """
 
 from __future__ import annotations
@@ -24,24 +29,27 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 MAPPED_FROM_BYTES = 32 * 1024
-SMALLEST_PLUG_BYTES = 2 * 2**20
+SMALLEST_PLUG_BYTES = 64 * 1024
+ROOM_BYTES = 96 * 1024  # for small blocks of each size
 SPARED_BYTES = 2**20  # for other threads, while the holes are looked for
 MOST_PLUGGED_BYTES = 2**30  # beyond this much of holes they are used rather than passed over
-TUNABLE = "glibc.malloc.tcache_count=0"
+TUNABLES = ("glibc.malloc.tcache_count=0", "glibc.malloc.arena_max=1")
 
-_M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = 1, -1, -2, -3, -4, -8  # glibc's malloc.h
+_M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = 1, -1, -2, -3, -4  # glibc's malloc.h
+_HEADER_BYTES = 8
+# glibc keeps a list for each size up to 1 KB, and ranges of sizes above
+_SMALL_SIZES = [*range(32, 1024, 16), *(2**power // 4 * quarter + 16 for power in range(10, 16) for quarter in range(4, 8))]
 _NEVER_TRIM, _MAPPINGS = 2**31 - 1, 65536
 
 
 def environment() -> dict[str, str]:
     """What a process must find in its environment when it starts."""
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE not in tunables:
-        tunables = ":".join(filter(None, [tunables, TUNABLE]))
+    own = [tunable for tunable in os.environ.get("GLIBC_TUNABLES", "").split(":") if tunable and tunable not in TUNABLES]
     threads = os.environ.get("DISTFL_THREADS", "1")
-    return {"GLIBC_TUNABLES": tunables, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {"GLIBC_TUNABLES": ":".join([*own, *TUNABLES]), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 def is_prepared() -> bool:
@@ -59,15 +67,35 @@ def restart_prepared() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+@cache
 def exact_allocator() -> None:
-    """Map large blocks one by one and merge freed small ones at once. Other C libraries are left as they are."""
+    """Map large blocks one by one, merge freed small ones at once, and give small ones a place of their own; once
+    for the process. Other C libraries are left as they are."""
     if (mallopt := _function("mallopt")) is None:
         return
-    mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_TOP_PAD, 0)  # else the heap grows ahead of need, and large blocks are cut from that
     mallopt(_M_MXFAST, 0)
     mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
     mallopt(_M_TRIM_THRESHOLD, MAPPED_FROM_BYTES)
+    _make_room_for_small_blocks()
+
+
+def _make_room_for_small_blocks() -> None:
+    """Leave free blocks of every small size in the heap, which never merge."""
+    malloc, free = _malloc_and_free()
+    blocks = []
+    for size in _SMALL_SIZES:
+        for _ in range(max(4, ROOM_BYTES // size)):
+            blocks.append(malloc(size - _HEADER_BYTES))
+            malloc(1)  # stays
+    for block in blocks:
+        free(block)
+
+
+def _malloc_and_free():
+    malloc, free = _function("malloc"), _function("free")
+    malloc.restype, malloc.argtypes, free.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], None, [ctypes.c_void_p]
+    return malloc, free
 
 
 @contextmanager
@@ -78,10 +106,9 @@ def fresh_heap() -> Iterator[None]:
     it is never cut to the next step's measure.
     """
     trim_heap()
-    malloc, free = _function("malloc"), _function("free")
     plugs = []
     if is_prepared() and free_heap_bytes() < MOST_PLUGGED_BYTES:
-        malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        malloc, free = _malloc_and_free()
         with _no_more_memory():
             size = 2 ** free_heap_bytes().bit_length()
             while size >= SMALLEST_PLUG_BYTES:

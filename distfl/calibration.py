@@ -94,7 +94,7 @@ def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> C
     """One round of the case's client under a cap."""
     window = state.table.suffix(case.blocks)
     predicted = state.costs.peak(window, case.recipe).bytes
-    return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, case.recipe, learning_rate=1e-3))[1]
+    return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3))[1]
 
 
 def rank_of(case: Case, folder: Path) -> RankState:

@@ -100,7 +100,7 @@ def _allocator() -> Finding:
     return Finding(
         "allocator",
         None,
-        f"glibc, one heap per step: {allocator.TUNABLE}, {prepared}"
+        f"glibc, one heap per step: {' '.join(allocator.TUNABLES)}, {prepared}"
         if heap
         else "not glibc: left as it is, peaks may lie above predictions",
     )

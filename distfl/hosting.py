@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch.nn import Parameter
 
 from distfl import seeds
 from distfl.allocator import collect_garbage
@@ -87,6 +89,7 @@ def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list
         memory_bytes=assignment.memory_bytes,
         predicted_peak_bytes=assignment.predicted_peak_bytes,
         measured_peak_bytes=measured.peak_bytes,
+        predicted_upload_bytes=assignment.predicted_upload_bytes,
         upload_bytes=sum(block.nbytes for block in blocks),
         predicted_flops=assignment.predicted_flops,
         flops=trained.flops,
@@ -118,15 +121,16 @@ def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, Feat
 
 def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile]) -> Outcome:
     """Train the client's own copy of what it may train, then encode it unit by unit."""
-    mapped = state.config.levers.mapped_prefix != "off"
-    model = build_model(state.method, state.spec, state.replica.tensors if mapped else state.replica.copy())
+    model = build_model(state.method, state.spec, state.replica.tensors)
     data = state.shards.train(assignment.client, state.spec.context)
     with state.method.attached(model, assignment) as parameters:
-        for parameter in parameters if mapped else ():
-            parameter.data = parameter.data.clone()  # what does not train stays where the node holds it
+        _own(parameters)
         narrow(model, assignment.window, state.config.levers.frozen_precision)
+        if state.config.levers.mapped_prefix == "off":
+            trained = {id(parameter) for parameter in parameters}
+            _own(parameter for parameter in model.parameters() if id(parameter) not in trained)
         prefix = Prefix(model, assignment.window.first, files)
-        trained = train(model, parameters, data, state.config.training, assignment, prefix, state.costs, state.config.seed)
+        done = train(model, parameters, data, state.config.training, assignment, prefix, state.costs, state.config.seed)
     tensors = state.method.shared(model)
     blocks = []
     for unit in state.table:
@@ -136,7 +140,13 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
             if not torch.isfinite(piece.values).all():
                 raise NotFinite(f"update of client {assignment.client}", f"{piece.name} is not finite", "lower training.learning_rate")
         blocks.append(frame(state.codec, pieces, assignment.round, assignment.client, draws))
-    return Outcome(blocks, {"trained": asdict(trained), "failure": None})
+    return Outcome(blocks, {"trained": asdict(done), "failure": None})
+
+
+def _own(parameters: Iterable[Parameter]) -> None:
+    """Give the client copies of its own of these; until then they lie where the node holds them."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def _charged_bytes(state: RankState, assignment: Assignment) -> int:
@@ -170,7 +180,7 @@ def rehearse(state: RankState) -> None:
     training = replace(state.config.training, epochs=None, steps=1)
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     for recipe in (Recipe(1), Recipe(1, max(1, state.spec.context // 2), 1)):
-        _work(small, Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, 0, recipe, learning_rate=0.0), {})
+        _work(small, Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {})
 
 
 def _rehearse_products(state: RankState) -> None:

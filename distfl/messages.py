@@ -42,6 +42,7 @@ class Assignment:
         weight: of its update in the mean.
         memory_bytes: its cap, above the process's baseline.
         predicted_peak_bytes: what the planner expects it to use of it.
+        predicted_upload_bytes: tensor values it will send.
         predicted_flops: of its training, every sequence through all units.
         recipe: how it computes its steps.
         learning_rate: of this round.
@@ -55,6 +56,7 @@ class Assignment:
     weight: float
     memory_bytes: int
     predicted_peak_bytes: int
+    predicted_upload_bytes: int
     predicted_flops: int
     recipe: Recipe
     learning_rate: float
@@ -92,7 +94,7 @@ class ClientReport:
         samples: sequences it trained on (with repetitions).
         loss: mean training loss in nats per token; None where it did not finish a step.
         memory_bytes: the cap. predicted_peak_bytes, measured_peak_bytes: above the baseline.
-        upload_bytes: messages handed to the transport, headers included.
+        predicted_upload_bytes, upload_bytes: tensor values planned; messages handed to the transport, headers included.
         predicted_flops, flops: floating-point operations of its training, planned and counted as they were done
             (analytic, multiply-add = 2); fewer where features of the frozen units were kept.
     """
@@ -108,6 +110,7 @@ class ClientReport:
     memory_bytes: int
     predicted_peak_bytes: int
     measured_peak_bytes: int
+    predicted_upload_bytes: int
     upload_bytes: int
     predicted_flops: int
     flops: int

@@ -68,6 +68,7 @@ def summary(run: Run) -> str:
             f"round {last['round']}: loss {last['test_loss']:.4f}, accuracy {last['test_accuracy']:.4f}",
             f"payload of all rounds: up {_total(run, 'upload_bytes')} MB, down {_total(run, 'download_bytes')} MB, "
             f"first distribution {_total(run, 'first_download_bytes')} MB",
+            _planned_and_counted(run),
             *_left_out(run),
             "",
             table(rows),
@@ -78,6 +79,17 @@ def summary(run: Run) -> str:
 def _ranks(run: Run) -> str:
     start = run.manifest["starts"][-1]
     return "one process" if start["mpi"] == "local" else f"{start['ranks']} ranks"
+
+
+def _planned_and_counted(run: Run) -> str:
+    """Upload and FLOPs of the updates that were merged, as planned and as they came."""
+    done = [report for report in run.clients if report["ok"]]
+    up, planned_up, flops, planned_flops = (
+        sum(report[key] for report in done) for key in ("upload_bytes", "predicted_upload_bytes", "flops", "predicted_flops")
+    )
+    return (
+        f"merged updates, counted (planned): up {_mega(up)} ({_mega(planned_up)}) MB, {flops / 1e9:.1f} ({planned_flops / 1e9:.1f}) GFLOP"
+    )
 
 
 def _left_out(run: Run) -> list[str]:

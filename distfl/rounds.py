@@ -255,6 +255,7 @@ def _sits_out(assignment: Assignment) -> ClientReport:
         memory_bytes=assignment.memory_bytes,
         predicted_peak_bytes=0,
         measured_peak_bytes=0,
+        predicted_upload_bytes=0,
         upload_bytes=0,
         predicted_flops=0,
         flops=0,

@@ -58,7 +58,7 @@ def client(spec: ModelSpec, config: TrainingConfig, window: Window, recipe: Reci
     """The work of one client: its own copy of the weights, as many rows as a batch has, local steps."""
     draws = np.random.default_rng(0)
     data = Sequences(draws.integers(spec.vocabulary, size=config.batch * spec.context + 1).astype(TOKEN), spec.context)
-    assignment = Assignment(1, 0, window, 1.0, 0, 0, 0, recipe, 1e-3)
+    assignment = Assignment(1, 0, window, 1.0, 0, 0, 0, 0, recipe, 1e-3)
     costs = costs_of(spec, config)
 
     def work() -> None:

@@ -24,16 +24,20 @@ def clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in allocator.environment()}
 
 
+OWN = "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"
+
+
 # --- the environment ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "present, wanted",
     [
-        (None, "glibc.malloc.tcache_count=0"),
-        ("", "glibc.malloc.tcache_count=0"),
-        ("glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.tcache_count=0"),
-        ("glibc.malloc.tcache_count=0:glibc.malloc.check=3", "glibc.malloc.tcache_count=0:glibc.malloc.check=3"),
+        (None, OWN),
+        ("", OWN),
+        ("glibc.malloc.check=3", f"glibc.malloc.check=3:{OWN}"),
+        ("glibc.malloc.arena_max=1:glibc.malloc.check=3", f"glibc.malloc.check=3:{OWN}"),
+        (OWN, OWN),
     ],
 )
 def test_the_environment_keeps_other_tunables(present, wanted, monkeypatch):
@@ -87,7 +91,7 @@ def test_a_process_restarts_once_as_itself(how, tmp_path):
     assert first[2][1:] == [str(tmp_path / "log"), "two words", "", "--x=*"]
     assert first[4] == second[4] == ("utf8" in how)
     changed = {name: value for name, value in second[3].items() if first[3].get(name) != value}
-    assert changed == allocator.environment() | {"GLIBC_TUNABLES": "glibc.malloc.check=0:glibc.malloc.tcache_count=0"}
+    assert changed == allocator.environment() | {"GLIBC_TUNABLES": f"glibc.malloc.check=0:{OWN}"}
     assert first[3].keys() <= second[3].keys()
 
 
@@ -215,3 +219,32 @@ def test_a_page_is_faulted_once_for_all_steps(measured):
     few, more = measured[1:]
     assert few > 5000  # the first steps fault what they need
     assert (more - few) / MORE_STEPS < 500
+
+
+REFUSED = """
+import ctypes, resource, sys, threading
+from distfl.allocator import exact_allocator, fresh_heap, one_heap
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.sbrk.restype = ctypes.c_void_p, [ctypes.c_size_t], ctypes.c_void_p
+exact_allocator()
+done = threading.Event()
+other = threading.Thread(target=lambda: libc.malloc(1000) and done.wait())
+other.start()
+limits = resource.getrlimit(resource.RLIMIT_DATA)
+resource.setrlimit(resource.RLIMIT_DATA, (2**28, limits[1]))
+assert libc.malloc(2**29) is None
+resource.setrlimit(resource.RLIMIT_DATA, limits)
+with fresh_heap(), one_heap():
+    before = libc.sbrk(0)
+    assert libc.malloc(2**23)
+    sys.stdout.write(str(libc.sbrk(0) - before))
+done.set()
+"""
+
+
+@needs_linux
+@needs_glibc
+def test_a_refused_allocation_does_not_move_a_thread_to_another_heap():
+    environment = clean() | allocator.environment() | {"PYTHONPATH": str(Path(allocator.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert int(done.stdout) >= 2**23 - 2**20  # the one heap has grown for it

@@ -108,10 +108,10 @@ def test_steps_limit_the_data_that_flops_are_counted_for():
 
 
 def test_an_assignment_carries_budget_prediction_weight_and_rate():
-    # 9 rows * 3 tokens, F = 432, head 120 (see above): 27 * ((3 + 2 * 2) * 432 + 120) = 84 888
+    # two blocks 2 064 bytes; 9 rows * 3 tokens, F = 432, head 120 (see above): 27 * ((3 + 2 * 2) * 432 + 120) = 84 888
     work = replace(WORK, stable_units=2)
     found = CAFF.plan(7, [client(4, Budget(peak(2) + 5, None, None), rows=9)], work, {})[0]
-    assert found == Assignment(7, 4, Window(2, 5), 9.0, peak(2) + 5, peak(2), 84888, PLAIN, 0.25, stable_units=2)
+    assert found == Assignment(7, 4, Window(2, 5), 9.0, peak(2) + 5, peak(2), 2064, 84888, PLAIN, 0.25, stable_units=2)
     assert RULES["participation"].plan(7, [client(4, rows=9)], WORK, {})[0].weight == 1.0
     assert Assignment.from_json(json.loads(json.dumps(found.to_json()))) == found
 

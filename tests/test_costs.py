@@ -359,7 +359,7 @@ def measured(depth, blocks, optimizer, recipe):
     config = TrainingConfig(batch=8, steps=3, optimizer=optimizer, clip_norm=None if recipe.fused_update else 1.0)
     window, costs = table.suffix(blocks), Costs(table, config.batch, state_tensors(config))
     predicted = costs.peak(window, recipe).bytes
-    assignment = Assignment(1, 0, window, 1.0, 10**9, predicted, 0, recipe, 1e-3)
+    assignment = Assignment(1, 0, window, 1.0, 10**9, predicted, 0, 0, recipe, 1e-3)
 
     def work():
         model = from_tensors(spec, replica.copy())

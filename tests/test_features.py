@@ -49,7 +49,7 @@ def client(files: dict[int, FeatureFile], network=None, recipe: Recipe = PLAIN, 
     network = network or model(SPEC)
     window = Window(FIRST, SPEC.depth + 2)
     parameters, prefix = freeze_outside(network, window), Prefix(network, FIRST, files)
-    assignment = Assignment(round, 0, window, 1.0, 0, 0, 0, recipe, 1e-3)
+    assignment = Assignment(round, 0, window, 1.0, 0, 0, 0, 0, recipe, 1e-3)
     done = train(network, parameters, data(), CONFIG, assignment, prefix, costs_of(SPEC, CONFIG), seed=1)
     assert done.sequences == EPOCHS * ROWS
     return done, network.named_tensors(), prefix.computed

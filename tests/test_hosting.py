@@ -70,7 +70,7 @@ def state(tmp_path, monkeypatch):
 
 def assignment(state, blocks: int, recipe: Recipe = PLAIN, memory_bytes: int = 10**9, stable_units: int = 0, round: int = 1) -> Assignment:
     window = state.table.suffix(blocks)
-    return Assignment(round, 0, window, 3.0, memory_bytes, 123, 456, recipe, 1e-2, stable_units)
+    return Assignment(round, 0, window, 3.0, memory_bytes, 123, 321, 456, recipe, 1e-2, stable_units)
 
 
 def pieces_of(state, blocks, round: int = 1) -> dict:
@@ -116,7 +116,7 @@ def test_the_report_says_what_was_planned_and_done(state):
     order = assignment(made, 2, Recipe(1, recomputed=1))
     blocks, report = hosting.host(made, Told(peak_bytes=777), order)
     assert (report.round, report.client, report.memory_bytes, report.measured_peak_bytes) == (1, 0, 10**9, 777)
-    assert (report.predicted_peak_bytes, report.predicted_flops) == (123, 456)
+    assert (report.predicted_peak_bytes, report.predicted_upload_bytes, report.predicted_flops) == (123, 321, 456)
     assert report.upload_bytes == sum(block.nbytes for block in blocks) > made.table.window_bytes(order.window)
     # 4 rows of 8 tokens, d=16, f=64: F = 8*256 + 4*16*64 + 4*8*16 = 6656, head 6*16*40 = 3840; one frozen block, two trained,
     # one of them recomputed

@@ -232,7 +232,7 @@ def trained(config: TrainingConfig, first: int, recipe: Recipe, rate: float = 0.
     """13 rows, the last one short: three steps an epoch, the third of 3 rows."""
     network, window = model(SPEC), Window(first, SPEC.depth + 2)
     data = Sequences(tokens(1, 12 * CONTEXT + 4, 40)[0].numpy().astype(TOKEN), CONTEXT)
-    assignment = Assignment(1, 0, window, 1.0, 0, 0, 0, recipe, rate)
+    assignment = Assignment(1, 0, window, 1.0, 0, 0, 0, 0, recipe, rate)
     parameters = freeze_outside(network, window)
     done = train(network, parameters, data, config, assignment, Prefix(network, first, {}), costs_of(SPEC, config), seed=1)
     assert done.steps == 9 and done.sequences == 39

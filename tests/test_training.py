@@ -26,7 +26,7 @@ PLAIN_STEP = Recipe(99)  # any batch at once
 
 
 def assignment(rate: float, round: int = 1, client: int = 3, first: int = 0, recipe: Recipe = PLAIN_STEP) -> Assignment:
-    return Assignment(round, client, Window(first, SPEC.depth + 2), 1.0, 0, 0, 0, recipe, rate)
+    return Assignment(round, client, Window(first, SPEC.depth + 2), 1.0, 0, 0, 0, 0, recipe, rate)
 
 
 def costs(config: TrainingConfig) -> Costs:

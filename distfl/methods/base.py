@@ -125,6 +125,7 @@ class Method(ABC):
             weight,
             client.budget.memory_bytes,
             cost.peak.bytes,
+            cost.upload_bytes,
             cost.flops,
             recipe,
             workload.learning_rate,
@@ -134,7 +135,7 @@ class Method(ABC):
 
     def sits_out(self, round: int, client: Client, weight: float, workload: Workload) -> Assignment:
         """The assignment of a client that cannot take part."""
-        return Assignment(round, client.id, None, weight, client.budget.memory_bytes, 0, 0, Recipe(1), workload.learning_rate)
+        return Assignment(round, client.id, None, weight, client.budget.memory_bytes, 0, 0, 0, Recipe(1), workload.learning_rate)
 
     def trained_bytes(self, window: Any, table: UnitTable) -> int:
         """Bytes of the tensors that a client with this window trains; all others it only reads."""

@@ -1,8 +1,8 @@
 """``distfl calibrate``: clients of many shapes, windows and recipes are hosted here, and their peaks compared with the formulas.
 
-Every case goes through the code of a round (``hosting.host``), on random weights and tokens; nothing is
-enforced. What remains between formula and measurement is the allocator's and the interpreter's, and is what
-``memory.margin_mb`` is for.
+The cases are a grid, or drawn at random. Each goes through the code of a round (``hosting.host``), on random weights
+and tokens; nothing is enforced. What remains between formula and measurement is the allocator's and the
+interpreter's, and is what ``memory.margin_mb`` is for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,7 +61,7 @@ class Comparison:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def cases() -> Iterator[Case]:
+def grid() -> Iterator[Case]:
     """Shapes x windows x recipes; every lever alone and several together."""
     shapes = (
         ModelSpec(6, 128, 4, 128, 2048),
@@ -78,6 +78,24 @@ def cases() -> Iterator[Case]:
         for blocks in windows:
             yield Case(spec, 8, "adamw", False, blocks, Recipe(8, LOSS_CHUNK_TOKENS, blocks, True), True)
             yield Case(spec, 8, "sgd", True, blocks, Recipe(2, LOSS_CHUNK_TOKENS), False)
+
+
+def drawn(count: int, seed: int) -> Iterator[Case]:
+    """Cases drawn at random: any shape of a tiny Transformer, any window and recipe."""
+    draws = seeds.generator(seed, "calibration cases")
+
+    def one_of(*values):
+        return values[draws.integers(len(values))]
+
+    for _ in range(count):
+        heads, depth = draws.integers(3, 9), draws.integers(2, 13)
+        spec = ModelSpec(int(depth), 32 * int(heads), int(heads), one_of(64, 96, 128), 256 * int(draws.integers(2, 13)))
+        batch, blocks = one_of(4, 8, 12, 16), int(draws.integers(1, spec.depth + 1))
+        micro_batch = min(batch, one_of(1, 2, 3, 4, 8, 16))
+        recomputed = one_of(0, 0, blocks, int(draws.integers(0, blocks + 1)))
+        fused = micro_batch == batch and one_of(True, False)
+        recipe = Recipe(micro_batch, one_of(None, LOSS_CHUNK_TOKENS), recomputed, fused)
+        yield Case(spec, batch, one_of("adamw", "sgd"), not fused, blocks, recipe, one_of(True, False))
 
 
 def compare(case: Case, folder: Path) -> Comparison:
@@ -97,11 +115,11 @@ def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> C
     return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3))[1]
 
 
-def rank_of(case: Case, folder: Path) -> RankState:
+def rank_of(case: Case, folder: Path, steps: int = STEPS) -> RankState:
     """A rank that can host the case's client, with random weights, and tokens in ``folder``."""
     config = TrainConfig(
         FleetConfig((GroupConfig("all", 1e6, share=1.0),)),
-        TrainingConfig(batch=case.batch, steps=STEPS, optimizer=case.optimizer, clip_norm=1.0 if case.clip else None),
+        TrainingConfig(batch=case.batch, steps=steps, optimizer=case.optimizer, clip_norm=1.0 if case.clip else None),
         memory=MemoryConfig("report", margin_mb=0),
         levers=LeversConfig(mapped_prefix="on" if case.mapped_prefix else "off", prefix_features="off"),
     )
@@ -112,12 +130,12 @@ def rank_of(case: Case, folder: Path) -> RankState:
     return state
 
 
-def calibrate(output: Path, show) -> list[Comparison]:
-    """Compare all cases; writes ``calibration.jsonl`` and ``calibration.png`` into ``output`` and shows a line per case."""
+def calibrate(cases: Iterable[Case], output: Path, show: Callable[[str], None]) -> list[Comparison]:
+    """Compare these cases; writes ``calibration.jsonl`` and ``calibration.png`` into ``output`` and shows a line per case."""
     output.mkdir(parents=True, exist_ok=True)
     found = []
     with TemporaryDirectory() as folder, open(output / "calibration.jsonl", "w") as file:
-        for case in cases():
+        for case in cases:
             found.append(compare(case, Path(folder)))
             show(line(found[-1]))
             file.write(json.dumps(asdict(found[-1]) | {"error": found[-1].error}) + "\n")

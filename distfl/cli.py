@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     command("report", _report, "make table and picture of a run again").add_argument("folder", type=Path, help="run folder")
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
+    calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the draws")
     command("doctor", _doctor, "say what works on this machine, and how to mend what does not")
     return parser
 
@@ -205,7 +207,8 @@ def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:
 
     torch.set_num_threads(launching.threads_per_rank())
     exact_allocator()
-    found = calibration.calibrate(options.output, lambda text: print(text, flush=True))
+    cases = calibration.grid() if options.draw is None else calibration.drawn(options.draw, options.seed)
+    found = calibration.calibrate(cases, options.output, lambda text: print(text, flush=True))
     print(f"\n{calibration.verdict(found)}\npicture: {calibration.picture(found, options.output / 'calibration.png')}")
     return 0
 

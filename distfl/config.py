@@ -172,7 +172,7 @@ class MemoryConfig:
     """How budgets are enforced."""
 
     enforce: Literal["auto", "rlimit", "cgroup", "cgroup-v1", "cgroup-v2", "report"] = "auto"
-    margin_mb: float = 1.5  # kept free by the planner; `distfl calibrate` says how far predictions are off on a machine
+    margin_mb: float = 1.0  # kept free by the planner; `distfl calibrate` says how far predictions are off on a machine
 
     def __post_init__(self) -> None:
         require(self.margin_mb >= 0, "memory.margin_mb", self.margin_mb, "0 or more")

@@ -25,8 +25,7 @@ from distfl.recipes import Recipe
 from distfl.units import VALUE_BYTES, UnitTable, Window
 
 PAGE_BYTES = 4096
-SCRATCH_BYTES, SCRATCH_BYTES_PER_WIDTH = 800_000, 4000  # fitted
-BLOCKS_PER_HOLE, HOLES_OF_RECOMPUTATION = 6, 1  # fitted
+SCRATCH_BYTES, SCRATCH_SHARE_OF_LOGITS = 800_000, 0.75  # fitted by `distfl calibrate`
 TOKEN_BYTES = 16  # an input and a target, int64 each
 
 
@@ -140,11 +139,9 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
     residual = entry + values * spec.feedforward  # gradients of a block's output and of its GELU output
     matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
-    # fitted by `distfl calibrate`: graph and kernels' scratch, and holes in the heap
-    scratch = min(SCRATCH_BYTES, SCRATCH_BYTES_PER_WIDTH * spec.width)
-    holes = (trained // BLOCKS_PER_HOLE + HOLES_OF_RECOMPUTATION * (recomputed > 0)) * entry
-    at_head = kept + entry * (1 + (chunk < tokens and trained > 0)) + holes
-    backward = residual + matrix + scratch + holes
+    scratch = min(SCRATCH_BYTES, round(SCRATCH_SHARE_OF_LOGITS * logits))  # the graph, and what kernels use for themselves
+    at_head = kept + entry * (1 + (chunk < tokens and trained > 0))
+    backward = residual + matrix + scratch
     # gradients made in backward, in the order in which they come
     coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
 
@@ -168,6 +165,8 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
         first = trained - recomputed + 1
         moments["first recomputation"] = (recomputed - 1) * entry + block + backward + held(first)
         moments["last recomputation"] = block + backward + held(trained)
+    # training is over, its message lies beside the weights
+    moments["sending"] = all_gradients - optimizer - gradients - always
     # every long-lived tensor that is mapped by itself takes a page more than its bytes
     mapped = sum(VALUE_BYTES * t.elements >= MAPPED_FROM_BYTES for unit in window.units for t in table[unit].tensors)
     always += PAGE_BYTES * mapped * (1 + costs.state_tensors + keeps)

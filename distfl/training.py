@@ -105,6 +105,8 @@ def train(
                     f"loss {loss} at step {steps}",
                     "lower training.learning_rate or set training.clip_norm",
                 )
+    for parameter in parameters:
+        parameter.grad = None  # the message will need the room
     context = data.context
     flops = sequences * context * costs.window_flops(assignment.window, assignment.recipe)
     flops += context * sum(count * costs.prefix_flops(units) for units, count in prefix.computed.items())

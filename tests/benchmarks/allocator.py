@@ -52,7 +52,6 @@ def measure(setting: str, blocks: int) -> None:
     globals()[setting]()
     import torch
 
-    from distfl import calibration
     from distfl.calibration import Case, hosted, rank_of
     from distfl.caps.rlimit import Report
     from distfl.hosting import rehearse
@@ -64,9 +63,8 @@ def measure(setting: str, blocks: int) -> None:
     case = Case(ModelSpec(12, 256, 8, 128, 2048), 16, "adamw", True, blocks, Recipe(16, LOSS_CHUNK_TOKENS), mapped_prefix=True)
 
     def client(steps: int) -> tuple[int, float]:
-        calibration.STEPS = steps
         with TemporaryDirectory() as folder:
-            state = rank_of(case, Path(folder))
+            state = rank_of(case, Path(folder), steps)
             rehearse(state)
             began = time.process_time()
             report = hosted(state, case, Report(), 10**12)

@@ -14,7 +14,6 @@ from edge import MARGIN, OFF, plan  # restarts this process prepared
 
 import torch  # noqa: E402  isort:skip
 
-from distfl import calibration  # noqa: E402
 from distfl.allocator import exact_allocator  # noqa: E402
 from distfl.calibration import Case, hosted, rank_of  # noqa: E402
 from distfl.caps.rlimit import Rlimit  # noqa: E402
@@ -36,8 +35,7 @@ def step_seconds(spec: ModelSpec, blocks: int, recipe, budget: int) -> float:
     used = []
     with TemporaryDirectory() as folder:
         for steps in (STEPS, 2 * STEPS):
-            calibration.STEPS = steps
-            state = rank_of(case, Path(folder))
+            state = rank_of(case, Path(folder), steps)
             rehearse(state)
             began = time.process_time()
             report = hosted(state, case, Rlimit(), budget)

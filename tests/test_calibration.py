@@ -1,0 +1,57 @@
+"""``distfl calibrate``: predicted peaks against measured ones, of cases drawn at random."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from distfl.calibration import Case, Comparison, drawn, grid, line, verdict
+from distfl.model import ModelSpec
+from distfl.recipes import Recipe
+from distfl.units import UnitTable
+
+CASE = Case(ModelSpec(3, 64, 2, 32, 256), 8, "adamw", True, 2, Recipe(4), True)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [4, 5])
+def test_predicted_peaks_are_the_measured_ones(seed, tmp_path):
+    command = [sys.executable, "-m", "distfl", "calibrate", "--draw", "24", "--seed", str(seed), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(text) for text in (tmp_path / "out" / "calibration.jsonl").read_text().splitlines()]
+    assert len(found) == 24 and (tmp_path / "out" / "calibration.png").stat().st_size > 10_000
+    errors = sorted(case["error"] for case in found)
+    assert errors[0] > -0.03, done.stdout  # too low means a client that runs into its cap
+    assert errors[-1] < 0.10 and errors[-3] < 0.05, done.stdout
+    assert sorted(map(abs, errors))[12] < 0.02, done.stdout
+
+
+def test_the_grid_has_cases_enough_and_every_lever_alone_and_together():
+    cases = list(grid())
+    assert len(cases) == len(set(cases)) >= 100
+    assert {case.spec.width for case in cases} == {128, 192, 256}
+    recipes = {
+        (case.recipe.micro_batch < case.batch, case.recipe.loss_chunk is not None, case.recipe.recomputed > 0, case.recipe.fused_update)
+        for case in cases
+    }
+    assert {(True, False, False, False), (False, True, False, False), (True, True, True, False), (False, True, True, True)} <= recipes
+
+
+def test_draws_are_repeatable_and_can_be_trained():
+    cases = list(drawn(200, 7))
+    assert cases == list(drawn(200, 7)) and len(set(cases)) > 190 and cases != list(drawn(200, 8))
+    for case in cases:
+        assert case.spec.width % case.spec.heads == 0
+        assert 1 <= case.blocks <= case.spec.depth and case.recipe.recomputed <= case.blocks and case.recipe.micro_batch <= case.batch
+        assert not case.recipe.fused_update or (case.recipe.micro_batch == case.batch and not case.clip)  # else it would change the result
+        assert UnitTable(case.spec).trained_blocks(UnitTable(case.spec).suffix(case.blocks)) == case.blocks
+
+
+def test_the_verdict_names_the_margin_that_would_have_been_enough():
+    found = [Comparison(CASE, 10_000_000, 10_420_000), Comparison(CASE, 10_000_000, 9_600_000), Comparison(CASE, 10_000_000, 10_000_000)]
+    text = verdict(found)
+    assert "3 cases: median error 4.03 %" in text and "lowest -4.0 %, highest +4.2 %" in text and "memory.margin_mb=0.5 covers" in text
+    assert "-4.0 %" in line(found[0]) and "micro-batches of 4" in line(found[0])
+    assert "memory.margin_mb=0.0 covers" in verdict(found[1:])

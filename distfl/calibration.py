@@ -171,7 +171,7 @@ def line(found: Comparison) -> str:
     return (
         f"depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} {case.optimizer} batch {case.batch} "
         f"blocks {case.blocks:2}: predicted {found.predicted_bytes / MEGA:7.2f} measured {found.measured_bytes / MEGA:7.2f} MB "
-        f"{100 * found.error:+5.1f} %  {case.recipe.describe(case.batch)}"
+        f"{100 * found.error:+5.1f} %  {case.recipe.describe(case.batch, spec.context)}"
     )
 
 

@@ -84,7 +84,7 @@ def _groups(job: Job) -> str:
                 f"{cost.flops / GIGA:.1f}",
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
                 f"x {cost.flops / plain.flops:.2f}",
-                assignment.recipe.describe(workload.costs_for(client).batch),
+                assignment.recipe.describe(workload.costs_for(client).batch, units.spec.context),
             ]
         )
     return (

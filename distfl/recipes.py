@@ -51,11 +51,12 @@ class Recipe:
         """Tokens whose logits are alive at once, out of a micro-batch of so many."""
         return min(self.loss_chunk or tokens, tokens)
 
-    def describe(self, batch: int) -> str:
-        """In words; what is plain about it is not named."""
+    def describe(self, batch: int, context: int | None = None) -> str:
+        """In words; what is plain about it is not named, nor chunks that hold a whole micro-batch of this context."""
+        chunked = self.loss_chunk and (context is None or self.loss_chunk < min(self.micro_batch, batch) * context)
         words = [
             f"micro-batches of {self.micro_batch}" if self.micro_batch < batch else "",
-            f"loss by {self.loss_chunk} tokens" if self.loss_chunk else "",
+            f"loss by {self.loss_chunk} tokens" if chunked else "",
             f"{self.recomputed} recomputed" if self.recomputed else "",
             "fused update" if self.fused_update else "",
         ]

@@ -5,6 +5,7 @@ Version 1 for real where this process may make groups; version 2 on plain files 
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -407,6 +408,19 @@ def test_a_named_folder_that_is_not_there_is_named_in_the_refusal(tmp_path, monk
     monkeypatch.setenv("DISTFL_CGROUP", str(tmp_path / "gone"))
     with pytest.raises(CapError, match="gone: No such file or directory"):
         open_cgroup(2, proc_of(tmp_path, "/"))
+
+
+def test_groups_of_dead_ranks_are_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {"left": dead.pid, "new": dead.pid, "alive": os.getpid()}
+    groups = {name: tmp_path / f"distfl-{pid}-{name}" for name, pid in names.items()}
+    for name, group in groups.items():
+        group.mkdir()
+        if name != "new":
+            os.utime(group, (0, 0))
+    cgroup._sweep(tmp_path)
+    assert [name for name, group in groups.items() if group.exists()] == ["new", "alive"]
 
 
 def test_every_version_1_name_exists_in_a_real_group(v1):

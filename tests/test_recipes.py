@@ -110,6 +110,12 @@ def test_a_recipe_in_words_names_what_is_not_plain(recipe, words):
     assert recipe.describe(8) == words
 
 
+def test_chunks_that_hold_all_there_is_are_not_named():
+    assert Recipe(1, 128).describe(8, 128) == "micro-batches of 1"
+    assert Recipe(1, 128).describe(8, 129) == "micro-batches of 1, loss by 128 tokens"
+    assert Recipe(99, 128).describe(1, 128) == "plain"
+
+
 @pytest.mark.parametrize(
     "recipe, window, head",
     [

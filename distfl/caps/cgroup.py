@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import struct
+import time
 import traceback
 import uuid
 from abc import abstractmethod
@@ -30,6 +31,7 @@ from distfl.caps.base import Measured, MemoryCap, Outcome, Work
 from distfl.errors import CapError
 
 FOLDER = "DISTFL_CGROUP"
+LEFT_AFTER_SECONDS = 60
 _HEAD = struct.Struct("<QQ")  # bytes of the JSON part, bytes of the buffers
 
 
@@ -178,7 +180,8 @@ def open_cgroup(version: int, proc: Path = Path("/proc/self")) -> Cgroup:
     """
     tried = []
     for folder in _folders(version, proc):
-        group = folder / f"distfl-probe-{os.getpid()}"
+        _sweep(folder)
+        group = folder / f"distfl-{os.getpid()}-probe"
         try:
             group.mkdir()
         except OSError as error:
@@ -195,6 +198,14 @@ def open_cgroup(version: int, proc: Path = Path("/proc/self")) -> Cgroup:
         "; ".join(tried) or f"no hierarchy of version {version} with a memory controller is mounted",
         f"start it as root, or under systemd-run --user --scope -p Delegate=yes, or name a delegated group in {FOLDER}",
     )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove groups left by ranks that were killed; one that is in use cannot be removed."""
+    for group in folder.glob("distfl-*-*"):
+        with contextlib.suppress(OSError):
+            if not Path("/proc", group.name.split("-")[1]).exists() and time.time() - group.stat().st_mtime > LEFT_AFTER_SECONDS:
+                group.rmdir()
 
 
 def _folders(version: int, proc: Path) -> list[Path]:

@@ -78,6 +78,8 @@ def grid() -> Iterator[Case]:
         for blocks in windows:
             yield Case(spec, 8, "adamw", False, blocks, Recipe(8, LOSS_CHUNK_TOKENS, blocks, True), True)
             yield Case(spec, 8, "sgd", True, blocks, Recipe(2, LOSS_CHUNK_TOKENS), False)
+    for width, vocabulary, micro_batch in itertools.product((128, 256), (8192, 50257), (4, 1)):
+        yield Case(ModelSpec(2, width, 4, 128, vocabulary), 8, "adamw", True, 1, Recipe(micro_batch, LOSS_CHUNK_TOKENS), True)
 
 
 def drawn(count: int, seed: int) -> Iterator[Case]:
@@ -89,7 +91,7 @@ def drawn(count: int, seed: int) -> Iterator[Case]:
 
     for _ in range(count):
         heads, depth = draws.integers(3, 9), draws.integers(2, 13)
-        spec = ModelSpec(int(depth), 32 * int(heads), int(heads), one_of(64, 96, 128), 256 * int(draws.integers(2, 13)))
+        spec = ModelSpec(int(depth), 32 * int(heads), int(heads), one_of(64, 96, 128), 256 * int(draws.integers(2, 17)))
         batch, blocks = one_of(4, 8, 12, 16), int(draws.integers(1, spec.depth + 1))
         micro_batch = min(batch, one_of(1, 2, 3, 4, 8, 16))
         recomputed = one_of(0, 0, blocks, int(draws.integers(0, blocks + 1)))

@@ -25,7 +25,6 @@ from distfl.recipes import Recipe
 from distfl.units import VALUE_BYTES, UnitTable, Window
 
 PAGE_BYTES = 4096
-SCRATCH_BYTES, SCRATCH_SHARE_OF_LOGITS = 800_000, 0.75  # fitted by `distfl calibrate`
 TOKEN_BYTES = 16  # an input and a target, int64 each
 
 
@@ -139,9 +138,14 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
     residual = entry + values * spec.feedforward  # gradients of a block's output and of its GELU output
     matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
-    scratch = min(SCRATCH_BYTES, round(SCRATCH_SHARE_OF_LOGITS * logits))  # the graph, and what kernels use for themselves
+    # What the logits left stays a hole in the heap wherever it is too small: for the gradient of the head's matrix, which
+    # otherwise takes part of it, and then for a block's largest tensor.
+    head_matrix = VALUE_BYTES * spec.width * spec.vocabulary
+    head_fits = head_matrix < logits
+    room = logits - head_matrix * head_fits
+    hole = room if values * spec.feedforward > room else 0
     at_head = kept + entry * (1 + (chunk < tokens and trained > 0))
-    backward = residual + matrix + scratch
+    backward = residual + matrix + hole
     # gradients made in backward, in the order in which they come
     coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
 
@@ -154,7 +158,7 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     moments = {
         "prefix": entry * (window.first > 0) + (one * (3 * spec.width + 2 * spec.feedforward) + widened) * (window.first > 1),
         "loss": at_head + part + 2 * logits,
-        "head backward": at_head + 2 * part + logits + VALUE_BYTES * spec.width * spec.vocabulary + scratch,
+        "head backward": at_head + 2 * part + logits * (1 if head_fits else 2) + head_matrix,
         "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
     }
     if trained > recomputed:

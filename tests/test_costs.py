@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distfl import model as model_module
-from distfl.costs import SCRATCH_BYTES, SCRATCH_SHARE_OF_LOGITS, Costs
+from distfl.costs import Costs
 from distfl.model import ModelSpec, from_tensors, initial_tensors, next_token_loss
 from distfl.recipes import Recipe
 from distfl.steps import add_gradients, features_of
@@ -20,7 +20,7 @@ PLAIN = Recipe(10**6)  # any batch at once
 # X = 4 N (d + f) = 4 * 4096 * 1280 = 21.0 MB. For instance depth 3, window 2:
 #   W = (3 * 789 760 + 96*256 + 128*256 + 96*256 + 512) * 4 = 9.81 MB     S = 2 * (2 * 3.159 + 0.100) = 12.84 MB
 #   A = 2 * 4 * 4096 * (8*256 + 2*1024 + 8 + 4) = 134.61 MB               sum = 178.2 MB
-# The worked example has W + S + A + X. What it leaves out stands in the test.
+# The worked example has W + A + X. What it leaves out stands in the test.
 EXAMPLE = {
     3: {1: 105, 2: 178, 3: 252},
     6: {1: 114, 2: 188, 3: 261, 4: 335, 6: 482},
@@ -52,7 +52,7 @@ def test_the_worked_example_comes_out_cell_by_cell(depth):
         left_out = {
             "the head's gradients": 100_352,
             "fc2's gradient on its way to where it adds up": 1_048_576,  # 4 * 256 * 1024
-            "the graph, and what kernels use for themselves": SCRATCH_BYTES,
+            "the hole that the logits leave": 4 * 4096 * 96 - 4 * 256 * 96,
             "the batch: two int64 per token": 65_536,  # 4096 * 16
             # four matrices a block and the output layer's, each with two of state, are mapped by themselves
             "a page for each mapping": 4096 * 3 * (4 * blocks + 1),
@@ -108,8 +108,9 @@ def test_the_parts_of_a_peak_add_up_to_its_fullest_moment(recipe):
 # it 6528, all of them 8480.
 # Six tokens: an input x = 4*6*4 = 96, a block's 4*6*70 = 1680 (8*4 + 2*16 + 2 + 4 = 70), logits 4*6*5 = 120, residual
 # 96 + 4*6*16 = 480. A matrix's gradient on its way 4*4*16 = 256, the output layer's 4*4*5 = 80.
-# S = what is fitted for scratch space, by logits of six, three and two tokens. All tensors are too small for a mapping.
-S, S3, S2 = (round(SCRATCH_SHARE_OF_LOGITS * 4 * tokens * 5) for tokens in (6, 3, 2))
+# The logits of three tokens leave a hole of 60, those of two tokens one of 40; that of six, 120, takes the matrix's gradient in, and
+# what is left of it, 40, is too small for a block's tensors.
+# All tensors are too small for a mapping.
 BY_HAND = {
     "plain": (
         Recipe(2),
@@ -117,10 +118,10 @@ BY_HAND = {
         {
             "prefix": 96,  # the embedding's output
             "loss": 2 * 1680 + 96 + 96 + 2 * 120,  # kept, the head's input and its norm's output, logits twice
-            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80 + S,
+            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80,
             "optimizer": 2064,
-            "first block backward": 2 * 1680 + 480 + 256 + S + 112,  # the head's gradients exist
-            "last kept block backward": 1680 + 480 + 256 + S + 112 + 976,  # and those of the block above
+            "first block backward": 2 * 1680 + 480 + 256 + 40 + 112,  # the head's gradients exist
+            "last kept block backward": 1680 + 480 + 256 + 40 + 112 + 976,  # and those of the block above
         },
     ),
     "micro-batches of 1": (  # three tokens: half of x, block, logits and residual; all gradients add up and are in the fixed part
@@ -129,10 +130,10 @@ BY_HAND = {
         {
             "prefix": 48,
             "loss": 2 * 840 + 48 + 48 + 2 * 60,
-            "head backward": 2 * 840 + 48 + 2 * 48 + 60 + 80 + S3,
+            "head backward": 2 * 840 + 48 + 2 * 48 + 60 + 80 + 60,
             "optimizer": 0,
-            "first block backward": 2 * 840 + 240 + 256 + S3,
-            "last kept block backward": 840 + 240 + 256 + S3,
+            "first block backward": 2 * 840 + 240 + 256 + 60,
+            "last kept block backward": 840 + 240 + 256 + 60,
         },
     ),
     "loss by 2 tokens": (  # a part 4*2*4 = 32, its logits 4*2*5 = 40; the gradient of x is there too; the head's gradients add up
@@ -141,10 +142,10 @@ BY_HAND = {
         {
             "prefix": 96,
             "loss": 2 * 1680 + 2 * 96 + 32 + 2 * 40,
-            "head backward": 2 * 1680 + 2 * 96 + 2 * 32 + 40 + 80 + S2,
+            "head backward": 2 * 1680 + 2 * 96 + 2 * 32 + 40 + 80 + 40,
             "optimizer": 2 * 976,
-            "first block backward": 2 * 1680 + 480 + 256 + S2,
-            "last kept block backward": 1680 + 480 + 256 + S2 + 976,
+            "first block backward": 2 * 1680 + 480 + 256 + 40,
+            "last kept block backward": 1680 + 480 + 256 + 40 + 976,
         },
     ),
     "one of two recomputed": (  # gradients add up; the first block keeps x alone until it is its turn
@@ -153,12 +154,12 @@ BY_HAND = {
         {
             "prefix": 96,
             "loss": 1680 + 96 + 96 + 96 + 2 * 120,
-            "head backward": 1680 + 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "head backward": 1680 + 96 + 96 + 2 * 96 + 120 + 80,
             "optimizer": 0,
-            "first block backward": 1680 + 96 + 480 + 256 + S,
-            "last kept block backward": 1680 + 96 + 480 + 256 + S,
-            "first recomputation": 1680 + 480 + 256 + S,
-            "last recomputation": 1680 + 480 + 256 + S,
+            "first block backward": 1680 + 96 + 480 + 256 + 40,
+            "last kept block backward": 1680 + 96 + 480 + 256 + 40,
+            "first recomputation": 1680 + 480 + 256 + 40,
+            "last recomputation": 1680 + 480 + 256 + 40,
         },
     ),
     "both recomputed": (
@@ -167,10 +168,10 @@ BY_HAND = {
         {
             "prefix": 96,
             "loss": 2 * 96 + 96 + 96 + 2 * 120,
-            "head backward": 2 * 96 + 96 + 2 * 96 + 120 + 80 + S,
+            "head backward": 2 * 96 + 96 + 2 * 96 + 120 + 80,
             "optimizer": 0,
-            "first recomputation": 96 + 1680 + 480 + 256 + S,  # the input of the other one still waits
-            "last recomputation": 1680 + 480 + 256 + S,
+            "first recomputation": 96 + 1680 + 480 + 256 + 40,  # the input of the other one still waits
+            "last recomputation": 1680 + 480 + 256 + 40,
         },
     ),
     "both recomputed, loss by 2 tokens, fused update": (
@@ -179,10 +180,10 @@ BY_HAND = {
         {
             "prefix": 96,
             "loss": 2 * 96 + 2 * 96 + 32 + 2 * 40,
-            "head backward": 2 * 96 + 2 * 96 + 2 * 32 + 40 + 80 + S2,
+            "head backward": 2 * 96 + 2 * 96 + 2 * 32 + 40 + 80 + 40,
             "optimizer": 976,
-            "first recomputation": 96 + 1680 + 480 + 256 + S2,
-            "last recomputation": 1680 + 480 + 256 + S2,
+            "first recomputation": 96 + 1680 + 480 + 256 + 40,
+            "last recomputation": 1680 + 480 + 256 + 40,
         },
     ),
     "fused update": (  # gradients of one unit at a time, gone before the next one's come
@@ -191,10 +192,10 @@ BY_HAND = {
         {
             "prefix": 96,
             "loss": 2 * 1680 + 96 + 96 + 2 * 120,
-            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80 + S,
+            "head backward": 2 * 1680 + 96 + 2 * 96 + 120 + 80,
             "optimizer": 976,
-            "first block backward": 2 * 1680 + 480 + 256 + S,
-            "last kept block backward": 1680 + 480 + 256 + S,
+            "first block backward": 2 * 1680 + 480 + 256 + 40,
+            "last kept block backward": 1680 + 480 + 256 + 40,
         },
     ),
 }

@@ -1,6 +1,6 @@
 """The C library's allocator, set so that what a process holds follows what is alive.
 
-glibc's defaults waste up to a third of a small budget and cost page faults where they do not. Three settings
+glibc's defaults waste up to a third of a small budget and cost page faults where they do not. These settings
 together leave nearly nothing of either (``tests/benchmarks/allocator.py`` measures it):
 
 * long-lived tensors (weights, optimiser state, gradients that add up) are mapped one by one, so that they go
@@ -98,6 +98,12 @@ def _malloc_and_free():
     return malloc, free
 
 
+def _heap_end() -> int:
+    sbrk = _function("sbrk")
+    sbrk.restype, sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    return sbrk(0)
+
+
 @contextmanager
 def fresh_heap() -> Iterator[None]:
     """Inside, the heap's larger holes are taken, so that what is made comes from its end, in one piece.
@@ -109,13 +115,18 @@ def fresh_heap() -> Iterator[None]:
     plugs = []
     if is_prepared() and free_heap_bytes() < MOST_PLUGGED_BYTES:
         malloc, free = _malloc_and_free()
+        end = _heap_end()
         with _no_more_memory():
             size = 2 ** free_heap_bytes().bit_length()
             while size >= SMALLEST_PLUG_BYTES:
-                if plug := malloc(size):
+                plug = malloc(size)
+                if plug and plug < end:
                     plugs.append(plug)
-                else:
-                    size //= 2
+                    continue
+                if plug:  # no hole: the heap has grown for it, and what is spared is not for us
+                    free(plug)
+                size //= 2
+        trim_heap()
     try:
         yield
     finally:

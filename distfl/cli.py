@@ -205,6 +205,8 @@ def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:
     from distfl import calibration
     from distfl.allocator import exact_allocator
 
+    if options.draw is not None and options.draw < 1:
+        raise ConfigError(f"--draw {options.draw}", "not a number of cases", "give 1 or more, or leave --draw away for the grid")
     torch.set_num_threads(launching.threads_per_rank())
     exact_allocator()
     cases = calibration.grid() if options.draw is None else calibration.drawn(options.draw, options.seed)

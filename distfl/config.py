@@ -133,7 +133,7 @@ class TrainingConfig:
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
 
 
-Switch = Literal["auto", "on", "off"]  # auto: where a budget makes it useful
+Switch = Literal["auto", "on", "off"]  # auto: where it costs time, only as far as a budget makes it useful; else on
 
 
 @dataclass(frozen=True)

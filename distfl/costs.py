@@ -136,16 +136,12 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     kept = (trained - recomputed) * block + recomputed * entry
     chunk = recipe.chunk_of(tokens)
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
-    residual = entry + values * spec.feedforward  # gradients of a block's output and of its GELU output
     matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
-    # What the logits left stays a hole in the heap wherever it is too small: for the gradient of the head's matrix, which
-    # otherwise takes part of it, and then for a block's largest tensor.
-    head_matrix = VALUE_BYTES * spec.width * spec.vocabulary
-    head_fits = head_matrix < logits
-    room = logits - head_matrix * head_fits
-    hole = room if values * spec.feedforward > room else 0
+    head_matrix, widest = VALUE_BYTES * spec.width * spec.vocabulary, values * spec.feedforward
+    hole_at_head, hole_below = _holes(logits, head_matrix, widest)
+    residual = entry + widest  # gradients of a block's output and of its GELU output
     at_head = kept + entry * (1 + (chunk < tokens and trained > 0))
-    backward = residual + matrix + hole
+    backward = residual + matrix + hole_below
     # gradients made in backward, in the order in which they come
     coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
 
@@ -158,7 +154,7 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     moments = {
         "prefix": entry * (window.first > 0) + (one * (3 * spec.width + 2 * spec.feedforward) + widened) * (window.first > 1),
         "loss": at_head + part + 2 * logits,
-        "head backward": at_head + 2 * part + logits * (1 if head_fits else 2) + head_matrix,
+        "head backward": at_head + 2 * part + logits + hole_at_head + head_matrix,
         "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
     }
     if trained > recomputed:
@@ -178,3 +174,13 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     fixed = weights + optimizer + gradients
     totals = {name: fixed + moment + always + costs.margin_bytes for name, moment in moments.items()}
     return Peak(weights, optimizer, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)
+
+
+def _holes(logits: int, head_matrix: int, widest: int) -> tuple[int, int]:
+    """Bytes of heap that the logits leave and nothing fits into: while the head goes backward, and below it.
+
+    The gradient of the head's matrix takes part of that room if it is smaller; a block's largest tensor, the gradient of
+    its GELU output, then needs all of what remains.
+    """
+    at_head, room = (0, logits - head_matrix) if head_matrix < logits else (logits, logits)
+    return at_head, room if widest > room else 0

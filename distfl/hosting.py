@@ -24,7 +24,7 @@ from distfl.frozen import matrix_bytes, narrow
 from distfl.messages import Assignment, ClientReport, Failure
 from distfl.methods.base import Method, build_model, costs_of, load_method
 from distfl.model import ModelSpec
-from distfl.recipes import Recipe
+from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
 from distfl.replica import Replica
 from distfl.shards import ShardIndex
 from distfl.training import Trained, train
@@ -67,7 +67,9 @@ def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list
         numbers that are not finite is a result; any other error is raised.
     """
     began = time.monotonic()
-    work = partial(_try_to_work, state, assignment, _feature_files(state, assignment))
+    # in a control group what is written to files counts, so nothing is kept there
+    files = _feature_files(state, assignment) if cap.in_this_process else {}
+    work = partial(_try_to_work, state, assignment, files)
     measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state))
     collect_garbage()
     outcome = measured.outcome
@@ -186,13 +188,14 @@ def rehearse(state: RankState) -> None:
 
 def _rehearse_products(state: RankState) -> None:
     """Every matrix product of a full step, forward and backward: MKL keeps what it packs operands into for good."""
-    width, rows = state.spec.width, state.config.training.batch * state.spec.context
-    for inputs, outputs in (
-        (width, 3 * width),
-        (width, width),
-        (width, state.spec.feedforward),
-        (state.spec.feedforward, width),
-        (width, state.spec.vocabulary),
+    width, whole = state.spec.width, state.config.training.batch * state.spec.context
+    at_head = whole if state.config.levers.loss_chunks == "off" else min(whole, LOSS_CHUNK_TOKENS)
+    for inputs, outputs, rows in (
+        (width, 3 * width, whole),
+        (width, width, whole),
+        (width, state.spec.feedforward, whole),
+        (state.spec.feedforward, width, whole),
+        (width, state.spec.vocabulary, at_head),
     ):
         layer = torch.nn.Parameter(torch.zeros(outputs, inputs))
         x = torch.zeros(rows, inputs, requires_grad=True)

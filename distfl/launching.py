@@ -81,9 +81,8 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
         flags.append("--allow-run-as-root")
     if "SLURM_JOB_ID" not in os.environ:  # inside an allocation its slots are the truth
         flags += ["--map-by", ":OVERSUBSCRIBE"]
-    for variable in ONE_THREAD:
-        flags += ["-x", f"{variable}={threads_per_rank()}"]
-    for name, value in allocator.environment().items():
+    environment = {variable: str(threads_per_rank()) for variable in ONE_THREAD} | allocator.environment()
+    for name, value in environment.items():
         flags += ["-x", f"{name}={value}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]

@@ -304,7 +304,7 @@ def test_what_is_charged_is_taken_from_the_budget_and_added_to_the_peak():
         (0, [None, None, "refused"], 15),
         (4, [None, None, "refused"], 19),
         (6, [None, "refused", None], 19),  # 14 MB are left: 7 and then 6
-        (14, ["refused", "refused", "refused"], 14),  # 6 MB and a mapping's own overhead do not fit into 6 MB
+        (14.1, ["refused", "refused", "refused"], 14.1),
     ):
         found, peak = run(charge, charged)
         assert found == refusals, charged

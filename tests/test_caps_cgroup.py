@@ -258,23 +258,51 @@ def test_version_2_limits_what_is_above_the_baseline(hierarchy, tmp_path):
     measured = CgroupV2(tmp_path).run(20 * MEGA, work, charged_bytes=3 * MEGA)
     facts = measured.outcome.facts
     assert facts["memory.max"] == "24000000"  # 7 MB there before + 20 MB - 3 MB charged
-    assert facts["memory.swap.max"] == "0" and facts["memory.peak"] == "0"
+    assert facts["memory.swap.max"] == "0"
     assert facts["cgroup.procs"] == str(facts["pid"]) != str(os.getpid())
     assert measured.peak_bytes == 8 * MEGA  # 12 - 7 + 3
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_peak_that_cannot_be_reset_counts_from_the_fork(hierarchy, tmp_path, monkeypatch):
+def test_a_group_that_cannot_be_joined_is_refused_and_not_a_result(hierarchy, tmp_path, monkeypatch):
     write = Path.write_text
 
     def write_text(self: Path, text: str, *arguments) -> int:
-        if self.name in ("memory.peak", "memory.swap.max") and text == "0":
-            raise OSError(22, "Invalid argument")
+        if self.name == "cgroup.procs" and text:  # the first writing makes the file
+            raise PermissionError(13, "Permission denied")
         return write(self, text, *arguments)
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    measured = CgroupV2(tmp_path).run(20 * MEGA, lambda: in_group(tmp_path, "memory.peak").write_text("9500000") and NOTHING)
-    assert measured.peak_bytes == 2_500_000
+    with pytest.raises(CapError, match="Permission denied"):
+        CgroupV2(tmp_path).run(20 * MEGA, lambda: NOTHING)
+
+
+def test_a_kill_far_below_the_limit_was_another_limits(hierarchy, tmp_path):
+    def die() -> Outcome:
+        in_group(tmp_path, "memory.events").write_text("oom_kill 1\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="a limit around it"):
+        CgroupV2(tmp_path).run(20 * MEGA, die)
+
+
+def test_a_kernel_without_a_peak_is_refused(hierarchy, tmp_path, monkeypatch):
+    monkeypatch.setattr(CgroupV2, "peak_file", "memory.no_such_peak")
+    with pytest.raises(CapError, match="this kernel has no memory.no_such_peak"):
+        open_cgroup(2, proc_of(tmp_path, "/"))
+
+
+def test_an_error_that_cannot_be_told_still_ends_the_child(v1):
+    def break_the_pipe() -> Outcome:
+        for descriptor in range(3, 64):  # also the pipe to the rank
+            try:
+                os.close(descriptor)
+            except OSError:
+                continue
+        raise ZeroDivisionError
+
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        v1.run(20 * MEGA, break_the_pipe)
 
 
 @pytest.mark.parametrize("kills", [0, 1])

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from distfl import shards
 from distfl.errors import DataError, DistflError
 from distfl.model import IGNORED_TARGET
-from distfl.shards import END_OF_TEXT, TOKEN, Sequences, ShardIndex, build
+from distfl.shards import END_OF_TEXT, TOKEN, Sequences, Shard, ShardIndex, build
 
 END = 0  # id of the end-of-text token
 
@@ -188,3 +188,19 @@ def test_nobody_can_write_through_a_shard(tmp_path):
     with pytest.raises(ValueError):
         mapped[0] = 1
     assert shards.TOKEN.itemsize == 2
+
+
+def test_pages_of_a_large_shard_do_not_stay_with_the_client(tmp_path):
+    np.arange(12_000_000, dtype=np.uint32).astype(TOKEN).tofile(tmp_path / "tokens.bin")
+    data = ShardIndex(str(tmp_path), "", (Shard("client", 0, 12_000_000, 0),)).train(0, 128)
+    data.batch([0])
+    before = file_pages()
+    for start in range(0, len(data), len(data) // 100):
+        assert data.batch([start])[0][0, 1] == (start * 128 + 1) % 2**16
+    assert file_pages() - before < 500_000
+
+
+def file_pages() -> int:
+    """Bytes of files that are mapped and resident in this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile:"))

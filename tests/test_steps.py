@@ -298,11 +298,9 @@ def test_live_bytes_follow_tensors_until_they_are_freed():
 
 @pytest.fixture
 def tensors_alone(monkeypatch):
-    """Predictions without what is no tensor: pages of mappings, scratch memory of matrix products, holes in the heap."""
+    """Predictions without what is no tensor: pages of mappings, holes in the heap."""
     monkeypatch.setattr(costs, "PAGE_BYTES", 0)
-    monkeypatch.setattr(costs, "BLOCKS_PER_HOLE", 10**9)
-    monkeypatch.setattr(costs, "SCRATCH_BYTES", 0)
-    monkeypatch.setattr(costs, "HOLES_OF_RECOMPUTATION", 0)
+    monkeypatch.setattr(costs, "_holes", lambda *sizes: (0, 0))
     costs._peak.cache_clear()
     yield
     costs._peak.cache_clear()

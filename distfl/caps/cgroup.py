@@ -11,6 +11,7 @@ works, and hands buffers and facts back through a pipe. The rank itself is never
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -32,6 +33,10 @@ from distfl.errors import CapError
 
 FOLDER = "DISTFL_CGROUP"
 LEFT_AFTER_SECONDS = 60
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OUTER_LIMIT_BYTES = 2**20  # a client killed further below its limit than this was not killed by it
+NEVER_JOINED, NEVER_BEGAN = 2**64 - 1, 2**64 - 2  # in place of a baseline
+_BASELINE = struct.Struct("<Q")
 _HEAD = struct.Struct("<QQ")  # bytes of the JSON part, bytes of the buffers
 
 
@@ -70,50 +75,78 @@ class Cgroup(MemoryCap):
         readable, writable = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(readable)
-            self._be_the_client(group, budget_bytes - charged_bytes, work, settle, writable)
+            code = 1
+            try:
+                os.close(readable)
+                _die_with_the_rank()
+                code = self._be_the_client(group, budget_bytes - charged_bytes, work, settle, writable)
+            finally:
+                os._exit(code)  # whatever happens, the child is never the rank: neither MPI nor the exit handlers are its own
         os.close(writable)
         try:
             with open(readable, "rb") as pipe:
-                baseline = pipe.read(8)
+                head = pipe.read(_BASELINE.size)
                 sent = pipe.read()
         except BaseException:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             raise
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        peak = int((group / self.peak_file).read_text()) - int.from_bytes(baseline, "little") + charged_bytes
+        baseline = _BASELINE.unpack(head)[0] if len(head) == _BASELINE.size else NEVER_BEGAN
+        if baseline == NEVER_JOINED:
+            raise CapError(
+                f"a client in a control group of {self.root}",
+                sent.decode(errors="replace"),
+                "see `distfl doctor`; memory.enforce=auto takes what can be proven",
+            )
+        if baseline == NEVER_BEGAN:
+            raise RuntimeError(f"a client's process ended with {status}\n{sent.decode(errors='replace')}")
+        peak = int((group / self.peak_file).read_text()) - baseline
+        measured = max(0, peak) + charged_bytes
         if status == 0:
-            return Measured(_unpack(sent), max(0, peak))
-        if status == -signal.SIGKILL and self.kills(group) and any(baseline):
-            return Measured(None, max(0, peak), "killed by the kernel at the limit of its control group")
+            return Measured(_unpack(sent), measured)
+        if status == -signal.SIGKILL and self.kills(group):
+            if measured < budget_bytes - OUTER_LIMIT_BYTES:
+                raise RuntimeError(
+                    f"a client's process was killed for memory at {measured} of its {budget_bytes} bytes: "
+                    "a limit around it (the job's, the node's) is too small for all clients at once"
+                )
+            return Measured(None, measured, "killed by the kernel at the limit of its control group")
         raise RuntimeError(f"a client's process ended with {status}\n{sent.decode(errors='replace')}")
 
-    def _be_the_client(self, group: Path, limit_bytes: int, work: Work, settle: Callable[[], object] | None, pipe: int) -> None:
-        """The child's life; never returns."""
-        code = 1
+    def _be_the_client(self, group: Path, limit_bytes: int, work: Work, settle: Callable[[], object] | None, pipe: int) -> int:
+        """The child's life; returns its exit code."""
         with open(pipe, "wb") as stream, contextlib.ExitStack() as stack:
             told = False
             try:
                 torch.set_num_threads(1)  # the threads of the parent's pool do not live here
-                (group / "cgroup.procs").write_text(str(os.getpid()))
                 if settle is not None:
                     settle()
                 gc.collect()  # writes to every object: pages shared with the parent are copied here, not in the client's time
                 stack.enter_context(fresh_heap())
-                baseline = int((group / self.usage_file).read_text())
-                (group / self.limit_file).write_text(str(baseline + max(0, limit_bytes)))
-                with contextlib.suppress(OSError):  # version 2 on kernels before 6.12: the peak counts from the fork
-                    (group / self.peak_file).write_text("0")
-                stream.write(baseline.to_bytes(8, "little"))
+                # Only now: pages touched before stay with the rank's group, and the peak needs no reset, which version 2
+                # cannot do for other readers.
+                try:
+                    (group / "cgroup.procs").write_text(str(os.getpid()))
+                    baseline = int((group / self.usage_file).read_text())
+                    (group / self.limit_file).write_text(str(baseline + max(0, limit_bytes)))
+                except OSError as error:
+                    stream.write(_BASELINE.pack(NEVER_JOINED) + str(error).encode())
+                    return 1
+                stream.write(_BASELINE.pack(baseline))
                 stream.flush()
                 told = True
                 for part in _pack(work()):
                     stream.write(part)
-                code = 0
+                return 0
             except BaseException:
-                stream.write((b"" if told else bytes(8)) + traceback.format_exc().encode())
-        os._exit(code)  # neither MPI nor the exit handlers are the child's
+                stream.write((b"" if told else _BASELINE.pack(NEVER_BEGAN)) + traceback.format_exc().encode())
+                return 1
+
+
+def _die_with_the_rank() -> None:
+    """A client whose rank is killed must not train on as an orphan."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _pack(outcome: Outcome) -> Iterator[bytes | memoryview]:
@@ -188,9 +221,15 @@ def open_cgroup(version: int, proc: Path = Path("/proc/self")) -> Cgroup:
             tried.append(f"{folder}: {error.strerror}")
             continue
         try:
-            if (group / (CgroupV1 if version == 1 else CgroupV2).limit_file).exists():
-                return CgroupV1(folder) if version == 1 else CgroupV2(folder)
-            tried.append(f"{folder}: groups in it have no memory controller")
+            kind = CgroupV1 if version == 1 else CgroupV2
+            missing = [name for name in (kind.limit_file, kind.peak_file) if not (group / name).exists()]
+            if not missing:
+                return kind(folder)
+            tried.append(
+                f"{folder}: groups in it have no memory controller"
+                if kind.limit_file in missing
+                else f"{folder}: this kernel has no {kind.peak_file} (Linux 5.19 brought it)"
+            )
         finally:
             group.rmdir()
     raise CapError(

@@ -123,7 +123,11 @@ def rank_of(case: Case, folder: Path, steps: int = STEPS) -> RankState:
         FleetConfig((GroupConfig("all", 1e6, share=1.0),)),
         TrainingConfig(batch=case.batch, steps=steps, optimizer=case.optimizer, clip_norm=1.0 if case.clip else None),
         memory=MemoryConfig("report", margin_mb=0),
-        levers=LeversConfig(mapped_prefix="on" if case.mapped_prefix else "off", prefix_features="off"),
+        levers=LeversConfig(
+            loss_chunks="auto" if case.recipe.loss_chunk else "off",
+            mapped_prefix="on" if case.mapped_prefix else "off",
+            prefix_features="off",
+        ),
     )
     count = 4 * case.batch * case.spec.context + 1
     seeds.generator(1, "calibration").integers(0, case.spec.vocabulary, count).astype(TOKEN).tofile(folder / "tokens.bin")

@@ -176,14 +176,14 @@ def _feature_files(state: RankState, assignment: Assignment) -> dict[int, Featur
 
 
 def rehearse(state: RankState) -> None:
-    """Small rounds of a two-block model of the same width, with every lever and without: library pages, kernels'
-    caches and whatever else is made at the first use belong to the baseline, not to the first client. By single
-    sequences: what stays of it may lie at the heap's end, with all that was freed below it."""
+    """A small round of a two-block model of the same width, every lever in it: library pages, kernels' caches and
+    whatever else is made at the first use belong to the baseline, not to the first client. By single sequences: what
+    stays of it may lie at the heap's end, with all that was freed below it."""
     _rehearse_products(state)
-    training = replace(state.config.training, epochs=None, steps=1)
+    training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
-    for recipe in (Recipe(1), Recipe(1, max(1, state.spec.context // 2), 1)):
-        _work(small, Assignment(0, 0, small.table.suffix(1), 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {})
+    recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
+    _work(small, Assignment(0, 0, small.table.suffix(2), 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {})
 
 
 def _rehearse_products(state: RankState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import threading
@@ -66,6 +67,7 @@ def _run_client(transport: Transport) -> int:
     try:
         torch.set_num_threads(threads_per_rank())
         exact_allocator()
+        gc.freeze()  # what the imports made lives as long as the process: no collection need look at it
         joined = join(transport)
         if joined is None:
             return EXIT_REFUSED

@@ -382,7 +382,9 @@ def test_the_first_folder_where_groups_can_be_made_is_taken(hierarchy, tmp_path)
     assert list(found.root.iterdir()) == []  # the probe is gone
 
 
-def test_a_folder_that_refuses_groups_is_passed_over(hierarchy, tmp_path, monkeypatch):
+@pytest.fixture
+def refusing(tmp_path, monkeypatch) -> Path:
+    """A stand-in for /proc whose process is in /user/job, a group that lets nobody make groups in it."""
     proc, make = proc_of(tmp_path, "/user/job"), Path.mkdir
     (tmp_path / "mount/user/job").mkdir(parents=True)
 
@@ -392,21 +394,16 @@ def test_a_folder_that_refuses_groups_is_passed_over(hierarchy, tmp_path, monkey
         make(self, *arguments, **named)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    assert open_cgroup(2, proc).root == tmp_path / "mount/user"
+    return proc
 
 
-def test_without_a_folder_the_refusal_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
-    proc, make = proc_of(tmp_path, "/user/job"), Path.mkdir
-    (tmp_path / "mount/user/job").mkdir(parents=True)
+def test_a_folder_that_refuses_groups_is_passed_over(hierarchy, refusing, tmp_path):
+    assert open_cgroup(2, refusing).root == tmp_path / "mount/user"
 
-    def mkdir(self: Path, *arguments, **named) -> None:
-        if self.parent.name == "job":
-            raise PermissionError(13, "Permission denied")
-        make(self, *arguments, **named)
 
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+def test_without_a_folder_the_refusal_says_what_was_tried_and_what_to_do(refusing, tmp_path):
     with pytest.raises(CapError) as refusal:
-        open_cgroup(2, proc)
+        open_cgroup(2, refusing)
     assert refusal.value.asked == "memory.enforce = cgroup-v2"
     without = "groups in it have no memory controller"
     tried = f"{tmp_path}/mount/user/job: Permission denied; {tmp_path}/mount/user: {without}; {tmp_path}/mount: {without}"

@@ -116,11 +116,15 @@ class MemoryCap(ABC):
         return outcome is not None and outcome.facts["had"]
 
     def take(self, bytes_: int) -> bool:
-        """Whether so many bytes can be had and written to."""
+        """Whether so many bytes can be had."""
         try:
-            torch.empty(bytes_, dtype=torch.uint8).fill_(1)
+            self.allocate(bytes_)
             return True
         except Exception as error:
             if is_allocation_failure(error):
                 return False
             raise
+
+    def allocate(self, bytes_: int) -> torch.Tensor:
+        """Memory of the kind that is capped, written to, so that a limit on pages sees it."""
+        return torch.empty(bytes_, dtype=torch.uint8).fill_(1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from distfl.caps.base import Measured, MemoryCap, Work, is_allocation_failure
+from distfl.caps.base import Measured, MemoryCap, Work
 from distfl.errors import CapError
 
 
@@ -46,11 +46,5 @@ class Cuda(MemoryCap):
             self._cuda.set_per_process_memory_fraction(1.0)
         return Measured(outcome, max(0, peak) + charged_bytes)
 
-    def take(self, bytes_: int) -> bool:
-        try:
-            torch.empty(bytes_, dtype=torch.uint8, device="cuda").fill_(1)
-            return True
-        except Exception as error:
-            if is_allocation_failure(error):
-                return False
-            raise
+    def allocate(self, bytes_: int) -> torch.Tensor:
+        return torch.empty(bytes_, dtype=torch.uint8, device="cuda").fill_(1)

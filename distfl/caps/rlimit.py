@@ -13,6 +13,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 
+import torch
+
 from distfl.allocator import free_heap_bytes, fresh_heap, trim_heap
 from distfl.caps.base import Measured, MemoryCap, Work
 from distfl.caps.process import data_bytes, high_water_bytes, reset_high_water, resident_bytes
@@ -55,6 +57,10 @@ class Rlimit(InProcess):
 
         self._resource = resource
         self._soft, self._hard = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def allocate(self, bytes_: int) -> torch.Tensor:
+        """Not written to: this limit counts what is mapped, touched or not."""
+        return torch.empty(bytes_, dtype=torch.uint8)
 
     def set_limit(self, bytes_: int | None) -> None:
         try:

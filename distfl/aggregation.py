@@ -1,20 +1,29 @@
 """Streaming weighted mean of pieces, one unit at a time. Tensor maths only.
 
-Sums are taken in float64 in the order of the calls, so the same pieces in the same order give the
-same bits, and a mean of equal values is that value.
+Two number systems. Sums in float64, taken in the order of the calls: the same pieces in the same order give
+the same bits, and a mean of equal values is that value. Sums in fixed point (64-bit integers, resolution
+2^-47 of a value): the same bits in any order and any grouping, so that partial sums may be added up along
+whatever tree ranks form.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from distfl.errors import NotFinite
 from distfl.messages import Piece
 from distfl.units import Unit
 
+FIXED_BITS = 47
+LARGEST_FIXED = 2.0**15  # of a value: shares of the weight sum to 1, so sums stay below 2^62
+
 
 class UnitMean:
-    """Running sums of one unit's tensors; whole pieces need no weight per element."""
+    """Running sums of one unit's tensors in float64; whole pieces need no weight per element."""
+
+    dtype = torch.float64
 
     def __init__(self, unit: Unit):
         self.unit = unit
@@ -23,42 +32,58 @@ class UnitMean:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
+    def check(self, pieces: list[Piece]) -> None:
+        """Refuse what cannot be summed up (raises NotFinite)."""
+
     def add(self, pieces: list[Piece]) -> None:
         """Add one client's pieces of this unit."""
         self.contributors += bool(pieces)
         for piece in pieces:
             shape = self._shapes[piece.name]
-            total = self._sums.setdefault(piece.name, torch.zeros(shape, dtype=torch.float64))
-            weight = self._weights.setdefault(piece.name, torch.zeros((), dtype=torch.float64))
+            total = self._sums.setdefault(piece.name, torch.zeros(shape, dtype=self.dtype))
+            weight = self._weights.setdefault(piece.name, torch.zeros((), dtype=self.dtype))
             if piece.region is None:
-                total.add_(piece.values, alpha=piece.weight)
-                weight += piece.weight
+                self._add_whole(total, piece.values, piece.weight)
+                weight += self._counted(piece.weight)
                 continue
             if weight.ndim == 0:
                 weight = self._weights[piece.name] = weight.expand(shape).clone()
             if isinstance(piece.region, tuple):
                 where = (torch.as_tensor(piece.region[0])[:, None], torch.as_tensor(piece.region[1])[None, :])
-                total[where] += piece.values.double() * piece.weight
-                weight[where] += piece.weight
             else:
+                total, weight = total.view(-1), weight.view(-1)
                 where = torch.as_tensor(piece.region)
-                total.view(-1)[where] += piece.values.double() * piece.weight
-                weight.view(-1)[where] += piece.weight
+            total[where] += self._weighted(piece.values, piece.weight)
+            weight[where] += self._counted(piece.weight)
+
+    def _add_whole(self, total: Tensor, values: Tensor, weight: float) -> None:
+        total.add_(values, alpha=weight)
+
+    def _weighted(self, values: Tensor, weight: float) -> Tensor:
+        return values.double() * weight
+
+    def _counted(self, weight: float) -> float:
+        """The weight as it is summed up."""
+        return weight
+
+    def _share(self, weight: Tensor, round_weight: float) -> Tensor:
+        """Part of the round's weight that a sum of weights is."""
+        return weight / round_weight
 
     def mean(self, name: str, old: Tensor, round_weight: float) -> tuple[Tensor, Tensor]:
         """Mean and share of one tensor.
 
         Args:
             old: value kept where nobody sent anything.
-            round_weight: sum of the weights of all clients merged in this round.
+            round_weight: sum of the weights of all clients that take part in this round.
 
         Returns:
             float32 mean of old's shape, and the share of the round's weight behind each element (a scalar where it is the same for all).
         """
         if name not in self._sums:
             return old.clone(), torch.zeros(())
-        total, weight = self._sums[name], self._weights[name]
-        share = (weight / round_weight).float()
+        total, weight = self._sums[name].double(), self._weights[name].double()
+        share = self._share(weight, round_weight).float()
         if weight.ndim == 0:
             return ((total / weight).float() if weight > 0 else old.clone()), share
         return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(torch.float64).tiny), old.double()).float(), share
@@ -67,3 +92,75 @@ class UnitMean:
         """Let go of the sums; the number of contributors stays."""
         self._sums.clear()
         self._weights.clear()
+
+    # --- partial sums of several ranks
+
+    @property
+    def by_element(self) -> bool:
+        """Whether any tensor needs a weight per element."""
+        return any(weight.ndim for weight in self._weights.values())
+
+    def partial(self, by_element: bool) -> np.ndarray:
+        """All sums and weights as one array that can be added to those of another rank (1-D, of ``wire_type``).
+
+        Args:
+            by_element: with a weight for each element, because some rank needs that; else one for each tensor.
+        """
+        parts = []
+        for tensor in self.unit.tensors:
+            nothing = torch.zeros((), dtype=self.dtype)
+            parts.append(self._sums.get(tensor.name, nothing).expand(tensor.shape).reshape(-1))
+        for tensor in self.unit.tensors:
+            weight = self._weights.get(tensor.name, torch.zeros((), dtype=self.dtype))
+            parts.append(weight.expand(tensor.shape).reshape(-1) if by_element else weight.reshape(1))
+        return torch.cat(parts).to(self.wire_type).numpy()
+
+    wire_type = torch.float32
+
+    def take(self, partial: np.ndarray, by_element: bool) -> None:
+        """Replace all sums and weights by those of an array that ``partial`` made."""
+        values = torch.from_numpy(partial).to(self.dtype)
+        position = 0
+        for tensor in self.unit.tensors:
+            self._sums[tensor.name] = values[position : position + tensor.elements].view(tensor.shape)
+            position += tensor.elements
+        for tensor in self.unit.tensors:
+            elements = tensor.elements if by_element else 1
+            weight = values[position : position + elements]
+            self._weights[tensor.name] = weight.view(tensor.shape if by_element else ())
+            position += elements
+
+
+class FixedPointMean(UnitMean):
+    """The same in fixed point.
+
+    Args:
+        round_weight: sum of the weights of all clients that take part in this round.
+    """
+
+    dtype = wire_type = torch.int64
+
+    def __init__(self, unit: Unit, round_weight: float):
+        super().__init__(unit)
+        self._scale = 2.0**FIXED_BITS / round_weight
+
+    def check(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if any(abs(float(end)) >= LARGEST_FIXED for end in torch.aminmax(piece.values)):
+                raise NotFinite(
+                    f"{piece.name} summed in fixed point",
+                    f"values of {LARGEST_FIXED:.0f} or more",
+                    "lower training.learning_rate, or set transport.sums=float",
+                )
+
+    def _add_whole(self, total: Tensor, values: Tensor, weight: float) -> None:
+        total += self._weighted(values, weight)
+
+    def _weighted(self, values: Tensor, weight: float) -> Tensor:
+        return values.double().mul_(weight * self._scale).round_().long()
+
+    def _counted(self, weight: float) -> int:
+        return round(weight * self._scale)
+
+    def _share(self, weight: Tensor, round_weight: float) -> Tensor:
+        return weight / 2.0**FIXED_BITS

@@ -184,6 +184,8 @@ class TransportConfig:
 
     name: Literal["auto", "local", "mpi"] = "auto"  # auto = mpi where an MPI launcher started this process
     codec: Literal["exact"] = "exact"
+    collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto = what moves fewer bytes, and says why
+    sums: Literal["fixed", "float"] = "fixed"  # reduce: 8 bytes a value and the same bits on any number of ranks, or 4 bytes
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig, transport: Transport, resume: bool) -> Fami
     if transport.rank == 0:
         _refuse_overwriting(output, resume)
         prepared = _prepare_corpus(config, output)
-    index = ShardIndex.from_json(transport.broadcast_value(prepared))
+    index = ShardIndex.from_json(transport.broadcast_value(prepared, "data"))
     train, held_out = index.train(0, config.architecture.context), index.test(0, config.architecture.context)
     unigram = unigram_loss(train, held_out, config.architecture.vocabulary)
     tensors, tokens_before, done = None, 0, {}
@@ -339,7 +339,7 @@ def validate(model: TinyTransformer, held_out: Sequences, limit: int | None, tra
             sums[0] += float(next_token_loss(logits, targets, "sum"))
             sums[1] += int((logits.argmax(-1) == targets).sum())
             sums[2] += int((targets != IGNORED_TARGET).sum())
-    total = np.sum(transport.broadcast_value(transport.gather(sums.tolist())), axis=0)
+    total = np.sum(transport.broadcast_value(transport.gather(sums.tolist(), "losses"), "losses"), axis=0)
     return Validation(total[0] / total[2], total[1] / total[2], int(total[2]))
 
 

@@ -8,9 +8,9 @@ Every collective stands once in ``serve`` and its helpers and once in ``work`` a
     distribute: changed units      ------->   distribute
     score: gather scores           <------>   score: both evaluate their share
     per wave: scatter assignments  ------->   host: train under the cap
-              gather blocks of
-              unit 0, 1, ...       <-------         encoded tensors of its window
               gather reports       <-------         predicted beside measured
+              exchange.take        <-------         exchange.give: its window, unit by unit
+                                              exchange.close: what ranks have added up
 
 With more clients than client ranks a round has several waves; sums run in client order whatever
 the number of ranks, so the merged model is the same, bit for bit.
@@ -19,18 +19,18 @@ the number of ranks, so the merged model is the same, bit for bit.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from distfl import settings
-from distfl.aggregation import UnitMean
 from distfl.caps.base import MemoryCap
 from distfl.caps.choice import make_cap
 from distfl.checkpoints import ServerState
-from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
-from distfl.errors import DistflError, StartError
+from distfl.errors import DistflError, NotFinite, StartError
+from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
 from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
@@ -39,7 +39,8 @@ from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
 from distfl.training import evaluate
-from distfl.transport.base import Transport, pack
+from distfl.transport.base import WORD, Transport, pack
+from distfl.units import Unit
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
@@ -60,11 +61,12 @@ def introduce(job: Job, state: RankState) -> list[RankStart]:
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
     transport.broadcast_value(
-        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets}
+        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets},
+        "start",
     )
-    ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None})
+    ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None}, "start")
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
-    transport.broadcast_value(not failed)
+    transport.broadcast_value(not failed, "start")
     if failed:
         rank, (kind, asked, found, change) = next(iter(failed.items()))
         raise StartError(f"{asked} (rank {rank}, the first of {sorted(failed)} that fail)", f"{kind}: {found}", change)
@@ -73,12 +75,12 @@ def introduce(job: Job, state: RankState) -> list[RankStart]:
 
 def refuse(transport: Transport) -> None:
     """Server: tell every rank that there will be no run."""
-    transport.broadcast_value(None)
+    transport.broadcast_value(None, "start")
 
 
 def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     """Client rank: learn what this run is and prove the cap; None where there will be no run."""
-    message = transport.broadcast_value()
+    message = transport.broadcast_value(purpose="start")
     if message is None:
         return None
     config = settings.from_dict(TrainConfig, message["config"])
@@ -99,8 +101,8 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
             str(error),
             "set data.cache to a folder that all nodes see",
         ]
-    transport.gather({"cpu_seconds": time.process_time(), "cap": cap.name if cap else "", "failure": failure})
-    return (state, cap) if transport.broadcast_value() else None
+    transport.gather({"cpu_seconds": time.process_time(), "cap": cap.name if cap else "", "failure": failure}, "start")
+    return (state, cap) if transport.broadcast_value(purpose="start") else None
 
 
 # --- the server's half -----------------------------------------------------------------------
@@ -135,7 +137,7 @@ def _serve_round_zero(job: Job, state: RankState) -> RoundResult:
     _distribute_from_server(state)
     score = _score_on_server(job, state)
     record = _record(0, None, score, [], [], {}, {}, {}, time.monotonic() - began)
-    return RoundResult(record, [], {"round": 0, "payload": {}, "mpi": state.transport.gather(state.transport.ledger.take())})
+    return RoundResult(record, [], {"round": 0, "payload": {}, "mpi": state.transport.gather(state.transport.ledger.take(), "ledgers")})
 
 
 def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: ServerOptimizer, round: int) -> RoundResult:
@@ -146,18 +148,25 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     active = [assignment for assignment in planned if assignment.window is not None]
     _distribute_from_server(state)
     downloads = {assignment.client: _downloads(state, server, assignment) for assignment in active}
-    means = {unit.index: UnitMean(unit) for unit in state.table}
-    waves = waves_of(len(active), transport.size - 1)
-    transport.broadcast_value(len(waves))
-    reports, uploads, weight = [], {}, sum(assignment.weight for assignment in planned)
+    waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
+    transport.broadcast_value({"waves": len(waves), "weight": weight})
+    exchange = make_exchange(state, weight)
+    reports, uploads, contributors = [], {}, Counter({unit.name: 0 for unit in state.table})
     for number, wave in enumerate(waves):
-        hosted, last = [active[position] for position in wave], number == len(waves) - 1
-        reports += _serve_wave(state, optimizer, hosted, means, uploads, weight if last else None)
+        hosted = [active[position] for position in wave]
+        of_wave, words, by_element = _serve_wave(state, hosted)
+        reports += of_wave
+        for assignment, of_client in zip(hosted, words):
+            sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table, of_client) if length}
+            contributors.update(sent.keys())
+            if sent:
+                uploads[assignment.client] = sent
+        for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
+            _finish(state, optimizer, unit, mean)
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
             server.limits[assignment.client] = report.blocks - 1
-    contributors = {unit.name: means[unit.index].contributors for unit in state.table}
     for unit in state.table:
         state.replica.versions[unit.index] += bool(contributors[unit.name])
     reports += [_sits_out(a) for a in planned if a.window is None]
@@ -168,63 +177,47 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         score = _score_on_server(job, state)
     else:
         transport.broadcast_value(False)
-    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, contributors, time.monotonic() - began)
+    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, dict(contributors), time.monotonic() - began)
     payload = {
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
     }
-    return RoundResult(record, reports, {"round": round, "payload": payload, "mpi": transport.gather(transport.ledger.take())})
+    return RoundResult(record, reports, {"round": round, "payload": payload, "mpi": transport.gather(transport.ledger.take(), "ledgers")})
 
 
-def _serve_wave(
-    state: RankState,
-    optimizer: ServerOptimizer,
-    hosted: list[Assignment],
-    means: dict[int, UnitMean],
-    uploads: dict[int, dict[str, int]],
-    round_weight: float | None,
-) -> list[ClientReport]:
-    """One client per rank: hand out, gather, add up.
+def _serve_wave(state: RankState, hosted: list[Assignment]) -> tuple[list[ClientReport], list[list[int]], set[int]]:
+    """One client per rank: hand out, and hear what became of it.
 
-    Args:
-        round_weight: of all participants, in the last wave: each unit is finished as soon as it is complete. None before.
+    Returns:
+        Reports, words of every unit's block, and units that some rank must sum up with a weight per element.
     """
     transport = state.transport
     idle = transport.size - 1 - len(hosted)
-    transport.scatter([None, *(assignment.to_json() for assignment in hosted), *[None] * idle])
-    for unit in state.table:
-        blocks = transport.gather_blocks(NOTHING)[1:]
-        for assignment, block in zip(hosted, blocks):
-            if len(block):
-                uploads.setdefault(assignment.client, {})[unit.name] = block.nbytes
-                pieces = unframe(state.codec, block, assignment.round, assignment.client, unit)
-                means[unit.index].add(state.method.restore(pieces, assignment))
-        if round_weight is not None and means[unit.index].contributors:
-            _finish(state, optimizer, means[unit.index], round_weight)
-    return [ClientReport(**values) for values in transport.gather(None)[1 : 1 + len(hosted)]]
+    transport.scatter([None, *(assignment.to_json() for assignment in hosted), *[None] * idle], "assignments")
+    messages = transport.gather(None, "reports")[1 : 1 + len(hosted)]
+    reports = [ClientReport(**message["report"]) for message in messages]
+    return reports, [message["words"] for message in messages], {unit for message in messages for unit in message["by_element"]}
 
 
-def _finish(state: RankState, optimizer: ServerOptimizer, mean: UnitMean, round_weight: float) -> None:
+def _finish(state: RankState, optimizer: ServerOptimizer, unit: Unit, mean_of: MeanOf) -> None:
     """Put one unit's new tensors in place."""
-    for tensor in mean.unit.tensors:
+    for tensor in unit.tensors:
         old = state.replica.tensors[tensor.name]
-        value, share = mean.mean(tensor.name, old, round_weight)
-        old.copy_(optimizer.step(tensor.name, old, state.method.finish(mean.unit, old, value, share)))
-    mean.clear()
+        mean, share = mean_of(tensor.name, old)
+        old.copy_(optimizer.step(tensor.name, old, state.method.finish(unit, old, mean, share)))
 
 
 def _distribute_from_server(state: RankState) -> None:
     """Send the units that changed since the last time; every rank ends with the server's versions."""
-    stale = state.transport.gather(state.replica.versions)
+    stale = state.transport.gather(state.replica.versions, "versions")
     changed = [unit for unit, version in enumerate(state.replica.versions) if any(versions[unit] != version for versions in stale)]
-    state.transport.broadcast_value({"units": changed, "versions": state.replica.versions})
-    for unit in changed:
-        state.transport.broadcast(state.replica.buffers[unit])
+    state.transport.broadcast_value({"units": changed, "versions": state.replica.versions}, "versions")
+    state.transport.broadcast([state.replica.buffers[unit] for unit in changed], "units")
 
 
 def _score_on_server(job: Job, state: RankState) -> tuple[Score, dict[str, dict[str, float | None]]]:
     """Total score and per budget group, from all ranks' shares; sums run in client order."""
-    gathered = dict(entry for entries in state.transport.gather(_own_scores(state)) for entry in entries)
+    gathered = dict(entry for entries in state.transport.gather(_own_scores(state), "scores") for entry in entries)
     total, by_group = Score(0.0, 0, 0), {}
     for client in job.clients:
         score = Score(*gathered[client.id])
@@ -304,48 +297,49 @@ def work(state: RankState, cap: MemoryCap) -> bool:
     while (order := state.transport.broadcast_value())["round"] is not None:
         if order["round"] == 0:
             _distribute_to_client(state)
-            state.transport.gather(_own_scores(state))
+            state.transport.gather(_own_scores(state), "scores")
         else:
             _work_round(state, cap)
-        state.transport.gather(state.transport.ledger.take())
+        state.transport.gather(state.transport.ledger.take(), "ledgers")
     return order["finished"]
 
 
 def _work_round(state: RankState, cap: MemoryCap) -> None:
     transport = state.transport
     _distribute_to_client(state)
-    waves = transport.broadcast_value()
-    for _ in range(waves):
-        assignment = transport.scatter()
+    order = transport.broadcast_value()
+    exchange = make_exchange(state, order["weight"])
+    for _ in range(order["waves"]):
+        assignment = transport.scatter(None, "assignments")
         if assignment is None:
-            _idle(state)
+            transport.gather(None, "reports")
+            exchange.give([NOTHING] * len(state.table))
         else:
-            _host(state, cap, Assignment.from_json(assignment))
+            _host(state, cap, exchange, Assignment.from_json(assignment))
+    if order["waves"]:
+        exchange.close()
     if transport.broadcast_value():
         _distribute_to_client(state)
-        transport.gather(_own_scores(state))
+        transport.gather(_own_scores(state), "scores")
 
 
-def _idle(state: RankState) -> None:
-    """A wave in which this rank hosts nobody."""
-    for _ in state.table:
-        state.transport.gather_blocks(NOTHING)
-    state.transport.gather(None)
-
-
-def _host(state: RankState, cap: MemoryCap, assignment: Assignment) -> None:
-    """One client's round under its cap, then its update unit by unit."""
+def _host(state: RankState, cap: MemoryCap, exchange: Exchange, assignment: Assignment) -> None:
+    """One client's round under its cap, then its report and its update."""
     blocks, report = host(state, cap, assignment)
-    for block in blocks:
-        state.transport.gather_blocks(block)
-    state.transport.gather(asdict(report))
+    try:
+        exchange.keep(assignment, blocks)
+    except NotFinite as error:
+        blocks = [NOTHING] * len(blocks)
+        report = replace(report, ok=False, cause="not_finite", reason=error.found, upload_bytes=0)
+    words = [len(block) for block in blocks]
+    state.transport.gather({"report": asdict(report), "words": words, "by_element": exchange.by_element()}, "reports")
+    exchange.give(blocks)
 
 
 def _distribute_to_client(state: RankState) -> None:
-    state.transport.gather(state.replica.versions)
-    message = state.transport.broadcast_value()
-    for unit in message["units"]:
-        state.transport.broadcast(state.replica.buffers[unit])
+    state.transport.gather(state.replica.versions, "versions")
+    message = state.transport.broadcast_value(purpose="versions")
+    state.transport.broadcast([state.replica.buffers[unit] for unit in message["units"]], "units")
     state.replica.versions = message["versions"]
 
 

@@ -184,7 +184,7 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
         values = None
         if transport.rank == 0:
             values = settings.to_dict(settings.load(PretrainConfig, options.config, options.overrides))
-        config = settings.from_dict(PretrainConfig, transport.broadcast_value(values))
+        config = settings.from_dict(PretrainConfig, transport.broadcast_value(values, "start"))
         family = pretrain(config, transport, options.resume)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)

@@ -64,6 +64,7 @@ class Method(ABC):
 
     Options: ClassVar[type]  # frozen dataclass of method.options
     source: ClassVar[str]  # paper, section
+    needs_each_update: ClassVar[bool] = False  # True: its merge is no mean of pieces, so the server must see all updates
 
     def __init__(self, options: Any):
         self.options = options

@@ -1,7 +1,9 @@
-"""The transport seam: a handful of collectives, and a ledger of the bytes they moved.
+"""The transport seam: a handful of verbs, and a ledger of the bytes they moved.
 
-Every verb is collective: all ranks call it, in the same order. Values are what JSON can hold (small
-records); arrays are contiguous NumPy arrays of a 4-byte type, so that counts stay counts of elements.
+Collective verbs are called by all ranks, in the same order; ``start_send`` and ``start_receive`` by the
+two they concern. Values are what JSON can hold (small records); arrays are contiguous NumPy arrays of a
+4- or 8-byte type, so that counts stay counts of elements. Every call says what it is for, and the
+ledger counts by that.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -17,50 +20,107 @@ WORD = np.dtype("<u4")  # blocks are counted in words of 4 bytes
 
 
 class Ledger:
-    """Bytes that this rank handed to (``sent``) and took from (``received``) each verb."""
+    """Bytes that this rank handed to (``sent``) and took from (``received``) the transport, by purpose.
+
+    Args:
+        direct: destination -> bytes that went from this rank to it in one message each, over the whole run.
+        broadcasts: bytes -> broadcasts of so many bytes, over the whole run. Which rank hands them on is the library's choice.
+    """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
+        self.direct: Counter[int] = Counter()
+        self.broadcasts: Counter[int] = Counter()
+        self._taken: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
 
-    def add(self, verb: str, sent: int = 0, received: int = 0) -> None:
-        self.sent[verb] += sent
-        self.received[verb] += received
+    def add(self, purpose: str, sent: int = 0, received: int = 0) -> None:
+        self.sent[purpose] += sent
+        self.received[purpose] += received
 
     def take(self) -> dict[str, dict[str, int]]:
-        """What was counted since the last call: {"sent": {verb: bytes}, "received": {...}}."""
+        """What was counted since the last call: {"sent": {purpose: bytes}, "received": {...}}."""
         counted = {"sent": dict(+self.sent), "received": dict(+self.received)}
+        for way, since in counted.items():
+            self._taken[way].update(since)
         self.sent.clear()
         self.received.clear()
         return counted
 
+    def whole_run(self) -> dict[str, dict]:
+        """Everything counted so far, for ``distfl audit``."""
+        return {
+            "sent": dict(self._taken["sent"] + self.sent),
+            "received": dict(self._taken["received"] + self.received),
+            "direct": dict(self.direct),
+            "broadcasts": dict(self.broadcasts),
+        }
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> Any:
+        """What it brought, once it is there. What was handed over must not be changed before."""
+
+    def advance(self) -> None:
+        """Let it go on, without waiting."""
+
+
+class Arrived:
+    """A transfer that is done already."""
+
+    def __init__(self, value: Any = None):
+        self._value = value
+
+    def wait(self) -> Any:
+        return self._value
+
+    def advance(self) -> None:
+        pass
+
 
 class Transport(ABC):
-    """Collectives among ranks 0 (the server) to size - 1."""
+    """Verbs among ranks 0 (the server) to size - 1."""
 
     rank: int
     size: int
     ledger: Ledger
 
     @abstractmethod
-    def broadcast(self, array: np.ndarray) -> None:
-        """Fill every rank's array with rank 0's (same shape and type everywhere)."""
+    def broadcast(self, arrays: Sequence[np.ndarray], purpose: str) -> None:
+        """Fill every rank's arrays with rank 0's (same shapes and types everywhere)."""
 
     @abstractmethod
-    def broadcast_value(self, value: Any = None) -> Any:
+    def broadcast_value(self, value: Any = None, purpose: str = "orders") -> Any:
         """Rank 0's value, on every rank."""
 
     @abstractmethod
-    def scatter(self, values: list[Any] | None = None) -> Any:
+    def scatter(self, values: list[Any] | None, purpose: str) -> Any:
         """The entry of rank 0's list (one per rank) that is meant for this rank."""
 
     @abstractmethod
-    def gather(self, value: Any) -> list[Any] | None:
+    def gather(self, value: Any, purpose: str) -> list[Any] | None:
         """Every rank's value at rank 0, in rank order; None elsewhere."""
 
     @abstractmethod
-    def gather_blocks(self, block: np.ndarray) -> list[np.ndarray] | None:
-        """Every rank's block (1-D WORD array, any length, also 0) at rank 0, in rank order; None elsewhere."""
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+        """Every rank's block (1-D WORD array, any length, also 0) to rank 0.
+
+        Args:
+            words: length of every rank's block; only rank 0 must know them.
+
+        Returns:
+            The blocks in rank order at rank 0, None elsewhere. Gathers arrive in the order in which they were started.
+        """
+
+    @abstractmethod
+    def start_send(self, array: np.ndarray, destination: int, purpose: str) -> Pending:
+        """One array to one rank, which receives it with ``start_receive``; in the order of the calls."""
+
+    @abstractmethod
+    def start_receive(self, array: np.ndarray, source: int, purpose: str) -> Pending:
+        """Fill the array with what that rank sends (same length and type); the pending transfer brings the array."""
 
     @abstractmethod
     def sum(self, array: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """MPI transport: mpi4py's buffer collectives, waited for without eating the core.
 
-Every collective is started in its non-blocking form and tested with growing sleeps, so that with
+Every transfer is started in its non-blocking form and tested with growing sleeps, so that with
 more ranks than cores the ranks that wait leave the cores to those that train. The only module that
 imports mpi4py.
 """
@@ -9,16 +9,42 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
 
 from distfl.errors import TransportError
-from distfl.transport.base import WORD, Ledger, Transport, pack, unpack
+from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack
 
 EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is there by then
 LONGEST_SLEEP_SECONDS = 2e-3
+KINDS = {
+    np.dtype(np.float32): MPI.FLOAT,
+    np.dtype(np.int32): MPI.INT32_T,
+    np.dtype(np.int64): MPI.INT64_T,
+    WORD: MPI.UINT32_T,
+}
+
+
+class MpiPending:
+    """One request, or several that belong together."""
+
+    def __init__(self, requests: list[MPI.Request], bring: Callable[[], Any] = lambda: None):
+        self._requests, self._bring = requests, bring
+
+    def wait(self) -> Any:
+        tests, pause = 0, 2e-5
+        while not MPI.Request.Testall(self._requests):
+            tests += 1
+            if tests > EAGER_TESTS:
+                time.sleep(pause)
+                pause = min(pause * 1.5, LONGEST_SLEEP_SECONDS)
+        return self._bring()
+
+    def advance(self) -> None:
+        MPI.Request.Testall(self._requests)
 
 
 class MpiTransport(Transport):
@@ -37,55 +63,70 @@ class MpiTransport(Transport):
                 "start more: mpirun -n N distfl ... or distfl ... --ranks N; srun needs --mpi=pmix, else every task is a job",
             )
 
-    def broadcast(self, array: np.ndarray) -> None:
-        self._wait(self.comm.Ibcast(_typed(array), root=0))
-        self.ledger.add("broadcast", array.nbytes if self.rank == 0 else 0, array.nbytes if self.rank else 0)
+    def broadcast(self, arrays: Sequence[np.ndarray], purpose: str) -> None:
+        MpiPending([self._broadcast(array, purpose) for array in arrays]).wait()
 
-    def broadcast_value(self, value: Any = None) -> Any:
-        words = pack(value) if self.rank == 0 else None
+    def _broadcast(self, array: np.ndarray, purpose: str) -> MPI.Request:
+        self.ledger.broadcasts[array.nbytes] += 1
+        self.ledger.add(purpose, array.nbytes if self.rank == 0 else 0, array.nbytes if self.rank else 0)
+        return self.comm.Ibcast(_typed(array), root=0)
+
+    def broadcast_value(self, value: Any = None, purpose: str = "orders") -> Any:
+        words = pack(value).copy() if self.rank == 0 else None
         length = np.array([len(words) if words is not None else 0], np.int64)
-        self._wait(self.comm.Ibcast(length, root=0))
-        buffer = words.copy() if words is not None else np.empty(length[0], WORD)
-        self._wait(self.comm.Ibcast(_typed(buffer), root=0))
-        moved = length.nbytes + buffer.nbytes
-        self.ledger.add("broadcast_value", moved if self.rank == 0 else 0, moved if self.rank else 0)
+        self.broadcast([length], purpose)
+        buffer = words if words is not None else np.empty(length[0], WORD)
+        self.broadcast([buffer], purpose)
         return unpack(buffer)
 
-    def scatter(self, values: list[Any] | None = None) -> Any:
+    def scatter(self, values: list[Any] | None, purpose: str) -> Any:
         blocks = [pack(value) for value in values] if values is not None else []
         assert self.rank != 0 or len(blocks) == self.size, (len(blocks), self.size)
         counts = np.array([len(block) for block in blocks], np.int64)
         mine = np.empty(1, np.int64)
-        self._wait(self.comm.Iscatter(counts if self.rank == 0 else None, mine, root=0))
+        MpiPending([self.comm.Iscatter(counts if self.rank == 0 else None, mine, root=0)]).wait()
         buffer = np.empty(mine[0], WORD)
         send = [np.concatenate(blocks), counts, _starts(counts), MPI.UINT32_T] if self.rank == 0 else None
-        self._wait(self.comm.Iscatterv(send, _typed(buffer), root=0))
-        others = int(counts.sum() - mine[0]) * WORD.itemsize + (self.size - 1) * mine.nbytes if self.rank == 0 else 0
-        self.ledger.add("scatter", others, mine.nbytes + buffer.nbytes if self.rank else 0)
+        MpiPending([self.comm.Iscatterv(send, _typed(buffer), root=0)]).wait()
+        if self.rank:
+            self.ledger.add(purpose, received=mine.nbytes + buffer.nbytes)
+        for other, block in enumerate(blocks[1:], start=1):
+            self._count_direct(other, mine.nbytes + block.nbytes, purpose)
         return unpack(buffer)
 
-    def gather(self, value: Any) -> list[Any] | None:
-        blocks = self._gather("gather", pack(value))
-        return None if blocks is None else [unpack(block) for block in blocks]
-
-    def gather_blocks(self, block: np.ndarray) -> list[np.ndarray] | None:
-        return self._gather("gather_blocks", block)
-
-    def _gather(self, verb: str, block: np.ndarray) -> list[np.ndarray] | None:
+    def gather(self, value: Any, purpose: str) -> list[Any] | None:
+        block = pack(value)
         mine = np.array([len(block)], np.int64)
         counts = np.empty(self.size, np.int64) if self.rank == 0 else None
-        self._wait(self.comm.Igather(mine, counts, root=0))
+        MpiPending([self.comm.Igather(mine, counts, root=0)]).wait()
+        if self.rank:
+            self._count_direct(0, mine.nbytes, purpose)
+        else:
+            self.ledger.add(purpose, received=(self.size - 1) * mine.nbytes)
+        blocks = self.start_gather(block, purpose, counts).wait()
+        return None if blocks is None else [unpack(block) for block in blocks]
+
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+        block = np.ascontiguousarray(block)
         if self.rank != 0:
-            self._wait(self.comm.Igatherv(_typed(np.ascontiguousarray(block)), None, root=0))
-            self.ledger.add(verb, mine.nbytes + block.nbytes, 0)
-            return None
+            self._count_direct(0, block.nbytes, purpose)
+            return MpiPending([self.comm.Igatherv(_typed(block), None, root=0)])
+        counts = np.asarray(words, np.int64)
         buffer = np.empty(int(counts.sum()), WORD)
-        self._wait(self.comm.Igatherv(_typed(block), [buffer, counts, _starts(counts), MPI.UINT32_T], root=0))
-        self.ledger.add(verb, 0, buffer.nbytes - block.nbytes + counts.nbytes - mine.nbytes)
-        return np.split(buffer, np.cumsum(counts)[:-1])
+        self.ledger.add(purpose, received=buffer.nbytes - block.nbytes)
+        request = self.comm.Igatherv(_typed(block), [buffer, counts, _starts(counts), MPI.UINT32_T], root=0)
+        return MpiPending([request], lambda: np.split(buffer, np.cumsum(counts)[:-1]))
+
+    def start_send(self, array: np.ndarray, destination: int, purpose: str) -> Pending:
+        self._count_direct(destination, array.nbytes, purpose)
+        return MpiPending([self.comm.Isend(_typed(array), dest=destination)])
+
+    def start_receive(self, array: np.ndarray, source: int, purpose: str) -> Pending:
+        self.ledger.add(purpose, received=array.nbytes)
+        return MpiPending([self.comm.Irecv(_typed(array), source=source)], lambda: array)
 
     def sum(self, array: np.ndarray) -> None:
-        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, _typed(array), op=MPI.SUM))
+        MpiPending([self.comm.Iallreduce(MPI.IN_PLACE, _typed(array), op=MPI.SUM)]).wait()
         self.ledger.add("sum", array.nbytes, array.nbytes)
 
     def abort(self, code: int) -> NoReturn:
@@ -94,14 +135,9 @@ class MpiTransport(Transport):
         self.comm.Abort(code)
         raise SystemExit(code)
 
-    @staticmethod
-    def _wait(request: MPI.Request) -> None:
-        tests, pause = 0, 2e-5
-        while not request.Test():
-            tests += 1
-            if tests > EAGER_TESTS:
-                time.sleep(pause)
-                pause = min(pause * 1.5, LONGEST_SLEEP_SECONDS)
+    def _count_direct(self, destination: int, bytes_: int, purpose: str) -> None:
+        self.ledger.direct[destination] += bytes_
+        self.ledger.add(purpose, sent=bytes_)
 
 
 def world(smallest: int) -> MpiTransport:
@@ -115,9 +151,8 @@ def library() -> str:
 
 
 def _typed(array: np.ndarray) -> list:
-    kinds = {"f": MPI.FLOAT, "u": MPI.UINT32_T, "i": MPI.INT32_T}
-    assert array.itemsize == WORD.itemsize and array.flags.c_contiguous, (array.dtype, array.flags)
-    return [array, array.size, kinds[array.dtype.kind]]
+    assert array.flags.c_contiguous, array.flags
+    return [array, array.size, KINDS[array.dtype]]
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -36,37 +36,53 @@ def moved(verb, out, into):
     if into: received[verb] = into
 
 array = np.arange(6, dtype=np.float32).reshape(2, 3) * (rank == 0)
-transport.broadcast(array)
+transport.broadcast([array], "units")
 assert array.tolist() == [[0, 1, 2], [3, 4, 5]], array
-moved("broadcast", 24 * first, 24 * (not first))
+moved("units", 24 * first, 24 * (not first))
 
 value = {"ä": [1, None, "x" * 1000]}
-assert transport.broadcast_value(value if first else None) == value
+assert transport.broadcast_value(value if first else None, "orders") == value
 bytes_ = 8 + pack(value).nbytes  # an int64 length goes before it
-moved("broadcast_value", bytes_ * first, bytes_ * (not first))
+moved("orders", bytes_ * first, bytes_ * (not first))
 
 values = [["for", r, "y" * 10 * r] for r in range(size)]
-assert transport.scatter(values if first else None) == values[rank]
+assert transport.scatter(values if first else None, "assignments") == values[rank]
 of_rank = [8 + pack(v).nbytes for v in values]
-moved("scatter", sum(of_rank[1:]) * first, of_rank[rank] * (not first))
+moved("assignments", sum(of_rank[1:]) * first, of_rank[rank] * (not first))
 
 values = [{"rank": r, "z": "z" * r} for r in range(size)]
-assert transport.gather(values[rank]) == (values if first else None)
+assert transport.gather(values[rank], "reports") == (values if first else None)
 of_rank = [8 + pack(v).nbytes for v in values]
-moved("gather", of_rank[rank] * (not first), sum(of_rank[1:]) * first)
+moved("reports", of_rank[rank] * (not first), sum(of_rank[1:]) * first)
 
 total_sent = total_received = 0
-for lengths in ([3, 0, 5], [0, 0, 0], [0, 7, 1], [2, 5_000_000, 0]):  # the last one holds a block of 20 MB
-    blocks = [np.arange(n, dtype=WORD) * (r + 1) for r, n in enumerate(lengths[:size])]
-    found = transport.gather_blocks(blocks[rank])
+all_lengths = ([3, 0, 5], [0, 0, 0], [0, 7, 1], [2, 5_000_000, 0])  # the last one holds a block of 20 MB
+started = []
+for lengths in all_lengths:  # all of them under way at once
+    lengths = lengths[:size]
+    started.append(transport.start_gather(np.arange(lengths[rank], dtype=WORD) * (rank + 1), "updates", lengths if first else None))
+for lengths, pending in zip(all_lengths, started):
+    pending.advance()
+    found = pending.wait()
     if first:
+        blocks = [np.arange(n, dtype=WORD) * (r + 1) for r, n in enumerate(lengths[:size])]
         assert len(found) == size and all(f.dtype == WORD and np.array_equal(f, b) for f, b in zip(found, blocks))
         found[0][...] = 9  # they can be written
-        total_received += sum(8 + b.nbytes for b in blocks[1:])
+        total_received += sum(b.nbytes for b in blocks[1:])
     else:
         assert found is None
-        total_sent += 8 + blocks[rank].nbytes
-moved("gather_blocks", total_sent, total_received)
+        total_sent += 4 * lengths[rank]
+moved("updates", total_sent, total_received)
+
+if size > 1:  # everyone to the next rank: sums first, then means
+    sums, means = np.full(300_000, rank, np.int64), np.full(5, rank, np.float32)
+    there, back = (rank + 1) % size, (rank - 1) % size
+    going = [transport.start_send(sums, there, "sums"), transport.start_send(means, there, "means")]
+    coming = [transport.start_receive(np.empty_like(array), back, purpose) for array, purpose in ((sums, "sums"), (means, "means"))]
+    assert all((pending.wait() == back).all() for pending in coming)
+    assert [pending.wait() for pending in going] == [None, None]
+    moved("sums", 2_400_000, 2_400_000)
+    moved("means", 20, 20)
 
 array = np.array([1, 10 * rank], np.float32)
 transport.sum(array)
@@ -74,7 +90,7 @@ assert array.tolist() == [size, 10 * sum(range(size))], array
 moved("sum", 8, 8)
 
 counted = transport.ledger.take()
-everything = transport.gather([counted, {"sent": sent, "received": received}])
+everything = transport.gather([counted, {"sent": sent, "received": received}], "ledgers")
 if first:
     print(json.dumps(everything))
 """
@@ -83,14 +99,14 @@ if first:
 WAIT = (
     START
     + """
-transport.broadcast_value(0)  # all are there
+transport.broadcast_value(0, "start")  # all are there
 began, cpu = time.monotonic(), time.process_time()
 if first:
     time.sleep(2)
 array = np.zeros(1000, np.float32)
-transport.broadcast(array)
+transport.broadcast([array], "units")
 used = [time.monotonic() - began, time.process_time() - cpu]
-everything = transport.gather(used)
+everything = transport.gather(used, "reports")
 if first:
     print(json.dumps(everything))
 """
@@ -101,7 +117,7 @@ ABORT = (
     + """
 if rank == 1:
     transport.abort(3)
-transport.gather(None)
+transport.gather(None, "reports")
 time.sleep(60)
 """
 )
@@ -136,12 +152,12 @@ def test_every_verb_moves_the_right_values_and_counts_its_bytes(ranks):
     for counted, expected in everything:
         assert counted == expected
     sums = [
-        sum(sum(ledger[way].get(verb, 0) for verb in ("scatter", "gather", "gather_blocks")) for ledger, _ in everything)
+        sum(sum(ledger[way].get(verb, 0) for verb in ("assignments", "reports", "updates", "sums", "means")) for ledger, _ in everything)
         for way in ("sent", "received")
     ]
     assert sums[0] == sums[1]  # nothing got lost on the way
     if ranks > 1:
-        assert everything[1][0]["sent"]["gather_blocks"] > 20_000_000
+        assert everything[1][0]["sent"]["updates"] > 20_000_000
 
 
 def test_waiting_leaves_the_core_to_others():

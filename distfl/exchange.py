@@ -1,0 +1,261 @@
+"""How updates get from the client ranks to the server: the server's and the client's half of each way.
+
+*Gather*: every client's blocks go to the server, unit by unit; it sees each update, and sums them up in client
+order. Two units are under way at a time: while one is merged the next one arrives.
+
+*Reduce*: every rank adds up what its own clients send, weights applied; at the end of the round the ranks that hold
+sums of a unit add these up along a binomial tree, each unit from another root, and the root sends the mean to the
+server. What the server takes in and holds does not depend on the number of clients. Sums in fixed point give
+the same bits on any number of ranks; sums in float32 half the bytes.
+
+The tree is our own and not MPI's: its partners change from round to round with the clients that trained a unit, which
+would cost a communicator each; and it is known which rank sends what to whom, with every library and transport.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distfl.aggregation import FixedPointMean, UnitMean
+from distfl.codecs.base import unframe
+from distfl.hosting import NOTHING, RankState
+from distfl.messages import Assignment
+from distfl.transport.base import Pending
+from distfl.units import VALUE_BYTES, Unit
+
+MeanOf = Callable[[str, Tensor], tuple[Tensor, Tensor]]  # tensor's name, old value -> mean, share
+UNITS_UNDER_WAY = 2
+
+
+class Exchange(ABC):
+    """One round's updates. Every rank makes one at the start of the round.
+
+    Args:
+        round_weight: sum of the weights of all clients that take part.
+    """
+
+    def __init__(self, state: RankState, round_weight: float):
+        self.state, self.round_weight = state, round_weight
+
+    # --- client ranks
+    def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:  # noqa: B027 - gather keeps nothing
+        """Take in a hosted client's update before it is reported (raises NotFinite, nothing kept)."""
+
+    def by_element(self) -> list[int]:
+        """Units whose sums on this rank need a weight per element."""
+        return []
+
+    @abstractmethod
+    def give(self, blocks: list[np.ndarray]) -> None:
+        """End of a wave: a block per unit, empty ones where the rank hosted nobody."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End of the round."""
+
+    # --- server
+    @abstractmethod
+    def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
+        """A wave's updates.
+
+        Args:
+            words: of each client's block of each unit; 0 where it sends none.
+            by_element: units for which a rank needs a weight per element.
+            last: the round's last wave.
+
+        Yields:
+            Of the last wave: every unit that somebody trained, with its mean, as soon as it is complete.
+        """
+
+
+class Gather(Exchange):
+    """Blocks to the server."""
+
+    def __init__(self, state: RankState, round_weight: float):
+        super().__init__(state, round_weight)
+        self._means: dict[int, UnitMean] = {}
+
+    def give(self, blocks: list[np.ndarray]) -> None:
+        for pending in [self.state.transport.start_gather(block, "updates") for block in blocks]:
+            pending.wait()
+
+    def close(self) -> None:
+        """All is with the server already."""
+
+    def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
+        under_way: deque[Pending] = deque()
+        table = self.state.table
+        for unit in range(len(table) + 1):
+            if unit < len(table):
+                under_way.append(self._start(unit, words))
+            if len(under_way) == UNITS_UNDER_WAY or unit == len(table):
+                arrived = table[unit + 1 - UNITS_UNDER_WAY]
+                self._add(arrived, hosted, under_way.popleft().wait()[1:], under_way)
+                if last and arrived.index in self._means:
+                    mean = self._means.pop(arrived.index)
+                    yield arrived, lambda name, old, mean=mean: mean.mean(name, old, self.round_weight)
+
+    def _start(self, unit: int, words: list[list[int]]) -> Pending:
+        idle = self.state.transport.size - 1 - len(words)
+        lengths = [0, *(of_client[unit] for of_client in words), *[0] * idle]
+        return self.state.transport.start_gather(NOTHING, "updates", lengths)
+
+    def _add(self, unit: Unit, hosted: list[Assignment], blocks: Sequence[np.ndarray], next_ones: Sequence[Pending]) -> None:
+        for assignment, block in zip(hosted, blocks):
+            if len(block):
+                mean = self._means.setdefault(unit.index, UnitMean(unit))
+                mean.add(pieces_of(self.state, assignment, unit, block))
+            for pending in next_ones:
+                pending.advance()
+
+
+class Reduce(Exchange):
+    """Sums along a tree, means to the server."""
+
+    def __init__(self, state: RankState, round_weight: float):
+        super().__init__(state, round_weight)
+        self._means: dict[int, UnitMean] = {}
+        self._ranks: dict[int, set[int]] = {}
+        self._by_element: set[int] = set()
+
+    def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
+        sent = [(unit, pieces_of(self.state, assignment, unit, block)) for unit, block in zip(self.state.table, blocks) if len(block)]
+        means = [self._means.get(unit.index) or self._mean(unit) for unit, _ in sent]
+        for mean, (_, pieces) in zip(means, sent):
+            mean.check(pieces)
+        for mean, (unit, pieces) in zip(means, sent):
+            mean.add(pieces)
+            self._means[unit.index] = mean
+
+    def _mean(self, unit: Unit) -> UnitMean:
+        return FixedPointMean(unit, self.round_weight) if self.state.config.transport.sums == "fixed" else UnitMean(unit)
+
+    def by_element(self) -> list[int]:
+        return [unit for unit, mean in self._means.items() if mean.by_element]
+
+    def give(self, blocks: list[np.ndarray]) -> None:
+        """Kept until the round ends."""
+
+    def close(self) -> None:
+        transport, sent = self.state.transport, deque()
+        for unit, ranks, by_element in transport.broadcast_value(purpose="layout"):
+            if transport.rank not in ranks:
+                continue
+            mean = self._means.pop(unit)
+            parent, children = tree(ranks, transport.rank, unit)
+            total = mean.partial(by_element)
+            buffers = [transport.start_receive(np.empty_like(total), child, "sums") for child in children]
+            for buffer in buffers:
+                total += buffer.wait()
+            if parent == 0:
+                mean.take(total, by_element)
+                total = self._message(mean)
+            sent.append(transport.start_send(total, parent, "means" if parent == 0 else "sums"))
+            if len(sent) == UNITS_UNDER_WAY:
+                sent.popleft().wait()
+        for pending in sent:
+            pending.wait()
+
+    def _message(self, mean: UnitMean) -> np.ndarray:
+        """float32 means of all tensors of a unit, then their shares: one of each tensor, or of each element."""
+        old = self.state.replica.tensors
+        merged = [mean.mean(tensor.name, old[tensor.name], self.round_weight) for tensor in mean.unit.tensors]
+        return torch.cat([part.reshape(-1) for part in (*(m for m, _ in merged), *(share for _, share in merged))]).numpy()
+
+    def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
+        for rank, of_client in enumerate(words, start=1):
+            for unit, length in enumerate(of_client):
+                if length:
+                    self._ranks.setdefault(unit, set()).add(rank)
+        self._by_element |= by_element
+        if not last:
+            return
+        layout = [[unit, sorted(self._ranks[unit]), unit in self._by_element] for unit in sorted(self._ranks)]
+        self.state.transport.broadcast_value(layout, "layout")
+        under_way: deque[Pending] = deque()
+        for number in range(len(layout) + UNITS_UNDER_WAY - 1):
+            if number < len(layout):
+                under_way.append(self._start(*layout[number]))
+            if number >= UNITS_UNDER_WAY - 1:
+                unit, _, of_elements = layout[number + 1 - UNITS_UNDER_WAY]
+                yield self.state.table[unit], _message_reader(self.state.table[unit], under_way.popleft().wait(), of_elements)
+
+    def _start(self, unit: int, ranks: list[int], by_element: bool) -> Pending:
+        tensors = self.state.table[unit].tensors
+        elements = self.state.table[unit].bytes // VALUE_BYTES
+        message = np.empty(elements * 2 if by_element else elements + len(tensors), np.float32)
+        return self.state.transport.start_receive(message, order_in_tree(ranks, unit)[0], "means")
+
+
+def pieces_of(state: RankState, assignment: Assignment, unit: Unit, block: np.ndarray) -> list[Any]:
+    """A client's block as pieces in the space where means are taken."""
+    return state.method.restore(unframe(state.codec, block, assignment.round, assignment.client, unit), assignment)
+
+
+def order_in_tree(ranks: list[int], unit: int) -> list[int]:
+    """The ranks from the tree's root on: another root for every unit, so that the work is spread."""
+    first = unit % len(ranks)
+    return ranks[first:] + ranks[:first]
+
+
+def tree(ranks: list[int], rank: int, unit: int) -> tuple[int, list[int]]:
+    """Whom a rank sends a unit's sums to (0: it is the root, and sends to the server) and from whom it takes some.
+
+    A binomial tree over ``order_in_tree``: position p sends to p without its lowest set bit.
+    """
+    order = order_in_tree(ranks, unit)
+    position = order.index(rank)
+    lowest_bit = position & -position or len(order)
+    children, step = [], 1
+    while step < lowest_bit and position + step < len(order):
+        children.append(order[position + step])
+        step *= 2
+    return (order[position - lowest_bit] if position else 0), children
+
+
+def _message_reader(unit: Unit, message: np.ndarray, by_element: bool) -> MeanOf:
+    """Means and shares out of what ``Reduce._message`` made."""
+    values, elements = torch.from_numpy(message), unit.bytes // VALUE_BYTES
+    places = {tensor.name: (number, tensor) for number, tensor in enumerate(unit.tensors)}
+
+    def read(name: str, old: Tensor) -> tuple[Tensor, Tensor]:
+        number, tensor = places[name]
+        mean = values[tensor.offset : tensor.offset + tensor.elements].view(tensor.shape)
+        if by_element:
+            return mean, values[elements + tensor.offset : elements + tensor.offset + tensor.elements].view(tensor.shape)
+        return mean, values[elements + number]
+
+    return read
+
+
+def make_exchange(state: RankState, round_weight: float) -> Exchange:
+    """The exchange that the config names; ``auto`` was settled before the ranks were told."""
+    return {"gather": Gather, "reduce": Reduce}[state.config.transport.collective](state, round_weight)
+
+
+def choose(assignments: Sequence[Assignment], table: Sequence[Unit], needs_each_update: bool) -> tuple[str, str]:
+    """What ``transport.collective=auto`` means for a fleet.
+
+    Args:
+        assignments: of one round.
+        needs_each_update: the method does not only look at sums.
+
+    Returns:
+        "gather" or "reduce", and why.
+    """
+    if needs_each_update:
+        return "gather", "the method looks at every single update"
+    gathered = sum(assignment.predicted_upload_bytes for assignment in assignments)
+    trained = {unit for assignment in assignments if assignment.window for unit in assignment.window.units}
+    reduced = sum(table[unit].bytes for unit in trained)
+    figures = f"the server would take in {gathered / 1e6:.1f} MB a round by gather, {reduced / 1e6:.1f} MB by reduce"
+    if gathered <= 2 * reduced:
+        return "gather", f"{figures}: not worth giving up the sum in client order"
+    return "reduce", figures

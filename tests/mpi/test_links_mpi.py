@@ -99,8 +99,14 @@ def mpirun(ranks: int, flags: list[str], script: str, *arguments: str) -> None:
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     shared = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
     command = [mpirun_path(), "-n", str(ranks), *root, *shared, *flags, sys.executable, "-c", script, *arguments]
-    # a user's own settings for libnbc must not matter
-    environment = {"OMPI_MCA_coll_libnbc_ibcast_skip_dt_decision": "false", "OMPI_MCA_coll_libnbc_ibcast_algorithm": "3"}
+    # a user's own settings must not matter: other algorithms of libnbc, another component that broadcasts along a chain
+    settings = {
+        "libnbc_ibcast_skip_dt_decision": "false",
+        "libnbc_ibcast_algorithm": "3",
+        "adapt_priority": "80",
+        "adapt_bcast_algorithm": "4",
+    }
+    environment = {f"OMPI_MCA_coll_{name}": value for name, value in settings.items()}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | environment)
     assert done.returncode == 0, done.stderr

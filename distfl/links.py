@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distfl.errors import TransportError
 
@@ -154,62 +155,19 @@ def broadcast_links(ranks: int, bytes_: int, root: int = 0, calls: int = 1) -> L
     return links
 
 
-def gather_links(bytes_of_rank: Sequence[int], root: int = 0, calls: int = 1) -> Links:
-    """``calls`` gathers, with or without counts, to which each rank gave so many bytes altogether: each sends to the root.
+def ledger_links(ledgers: Sequence[Mapping[str, Any]]) -> Counter[Link]:
+    """Bytes on each link that explain what the ranks' ledgers say they sent.
 
-    A rank's empty block is a message without bytes.
-    """
-    links = Links()
-    for rank, bytes_ in enumerate(bytes_of_rank):
-        if rank != root:
-            links.add(rank, root, bytes_, calls)
-    return links
-
-
-def scatter_links(bytes_of_rank: Sequence[int], root: int = 0, calls: int = 1) -> Links:
-    """``calls`` scatters, with or without counts, by which each rank got so many bytes altogether: the root sends to each."""
-    links = Links()
-    for rank, bytes_ in enumerate(bytes_of_rank):
-        if rank != root:
-            links.add(root, rank, bytes_, calls)
-    return links
-
-
-def sum_links(ranks: int, bytes_: int, calls: int = 1) -> Links:
-    """``calls`` sums in place over all ranks (none of them empty) of ``bytes_`` bytes altogether.
-
-    They meet in rank 0 along a binomial tree and return along another, on any number of ranks. (Not in place, libnbc has other ways.)
-    """
-    links = Links()
-    if bytes_:
-        for rank in range(1, ranks):
-            links.add(rank, rank & (rank - 1), bytes_, calls)  # the parent is the number without its lowest bit
-        for parent, child in _binomial_tree(ranks):
-            links.add(parent, child, bytes_, calls)
-    return links
-
-
-def ledger_links(ledgers: Sequence[Mapping[str, Mapping[str, int]]]) -> Counter[Link]:
-    """Bytes on each link that explain what the ranks' ledgers say they sent and received, verb by verb.
+    Gathers and scatters, with or without counts, are linear in libnbc: one message from or to the root for every other rank.
 
     Args:
-        ledgers: of every rank, in rank order, what ``Ledger.take`` returns.
+        ledgers: of every rank, in rank order, what ``Ledger.whole_run`` returns.
     """
-
-    def of_ranks(way: str, *verbs: str) -> list[int]:
-        return [sum(ledger[way].get(verb, 0) for verb in verbs) for ledger in ledgers]
-
-    ranks = len(ledgers)
-    explained = {"broadcast", "broadcast_value", "scatter", "gather", "gather_blocks", "sum"}
-    unknown = {verb for ledger in ledgers for moved in ledger.values() for verb in moved} - explained
-    assert not unknown, unknown
-    parts = (
-        broadcast_links(ranks, of_ranks("sent", "broadcast", "broadcast_value")[0]),
-        scatter_links(of_ranks("received", "scatter")),
-        gather_links(of_ranks("sent", "gather", "gather_blocks")),
-        sum_links(ranks, of_ranks("sent", "sum")[0]),
-    )
-    return sum((part.bytes for part in parts), Counter())
+    links = broadcast_links(len(ledgers), ledgers[0]["broadcast_bytes"])
+    for source, ledger in enumerate(ledgers):
+        for destination, bytes_ in ledger["direct"].items():
+            links.add(source, int(destination), bytes_)
+    return links.bytes
 
 
 def _binomial_tree(ranks: int) -> Iterator[Link]:

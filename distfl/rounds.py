@@ -19,7 +19,6 @@ the number of ranks, so the merged model is the same, bit for bit.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -151,14 +150,15 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
     transport.broadcast_value({"waves": len(waves), "weight": weight})
     exchange = make_exchange(state, weight)
-    reports, uploads, contributors = [], {}, Counter({unit.name: 0 for unit in state.table})
+    reports, uploads, contributors = [], {}, dict.fromkeys((unit.name for unit in state.table), 0)
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
         of_wave, words, by_element = _serve_wave(state, hosted)
         reports += of_wave
         for assignment, of_client in zip(hosted, words):
             sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table, of_client) if length}
-            contributors.update(sent.keys())
+            for unit in sent:
+                contributors[unit] += 1
             if sent:
                 uploads[assignment.client] = sent
         for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
@@ -177,7 +177,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         score = _score_on_server(job, state)
     else:
         transport.broadcast_value(False)
-    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, dict(contributors), time.monotonic() - began)
+    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, contributors, time.monotonic() - began)
     payload = {
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},

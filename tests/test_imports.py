@@ -23,7 +23,7 @@ ORDER = """
     transport.base transport.local transport.mpi transport.torch_dist
     codecs.base codecs.*
     aggregation server_optimizer checkpoints
-    hosting calibration
+    hosting exchange calibration
     rounds
     pretrain reporting jobs plans progress recording running
     doctor cli __main__

@@ -24,14 +24,14 @@ class Ledger:
 
     Args:
         direct: destination -> bytes that went from this rank to it in one message each, over the whole run.
-        broadcasts: bytes -> broadcasts of so many bytes, over the whole run. Which rank hands them on is the library's choice.
+        broadcast_bytes: of all broadcasts of the whole run. Which rank hands them on to which is the library's choice.
     """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self.direct: Counter[int] = Counter()
-        self.broadcasts: Counter[int] = Counter()
+        self.broadcast_bytes = 0
         self._taken: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
 
     def add(self, purpose: str, sent: int = 0, received: int = 0) -> None:
@@ -52,8 +52,8 @@ class Ledger:
         return {
             "sent": dict(self._taken["sent"] + self.sent),
             "received": dict(self._taken["received"] + self.received),
-            "direct": dict(self.direct),
-            "broadcasts": dict(self.broadcasts),
+            "direct": {str(rank): bytes_ for rank, bytes_ in self.direct.items()},
+            "broadcast_bytes": self.broadcast_bytes,
         }
 
 

@@ -67,7 +67,7 @@ class MpiTransport(Transport):
         MpiPending([self._broadcast(array, purpose) for array in arrays]).wait()
 
     def _broadcast(self, array: np.ndarray, purpose: str) -> MPI.Request:
-        self.ledger.broadcasts[array.nbytes] += 1
+        self.ledger.broadcast_bytes += array.nbytes
         self.ledger.add(purpose, array.nbytes if self.rank == 0 else 0, array.nbytes if self.rank else 0)
         return self.comm.Ibcast(_typed(array), root=0)
 

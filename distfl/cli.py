@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("folders", nargs="+", type=Path, help="folders of models that differ in depth only")
     imports.add_argument("--output", type=Path, required=True, help="new family folder")
     command("report", _report, "make table and picture of a run again").add_argument("folder", type=Path, help="run folder")
+    audited = command("audit", _audit, "train under Open MPI's monitoring and explain every byte on every link", config=True)
+    audited.add_argument("--ranks", type=int, metavar="N", help="start N ranks; not needed where CONFIG is the folder of an audited run")
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
@@ -115,12 +117,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments: list[str], stop: StopRequest) -> int:
-    if options.ranks < 2:
-        raise TransportError(
-            f"--ranks {options.ranks}",
-            "a run needs a server rank and at least one client rank",
-            "use --ranks 2 or more, or leave it away to run in one process",
-        )
+    _check_ranks(options.ranks)
     if config.transport.name == "local":
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
@@ -130,6 +127,15 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     return code
+
+
+def _check_ranks(ranks: int | None) -> None:
+    if ranks is None or ranks < 2:
+        raise TransportError(
+            "no --ranks" if ranks is None else f"--ranks {ranks}",
+            "a run on ranks needs a server rank and at least one client rank",
+            "use --ranks 2 or more (train without it runs in one process)",
+        )
 
 
 def _check_not_launched(options: argparse.Namespace, size: int) -> None:
@@ -197,6 +203,21 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     print(reporting.summary(run))
     print(f"\npicture: {reporting.picture(run)}")
     return 0
+
+
+def _audit(options: argparse.Namespace, arguments: list[str]) -> int:
+    from distfl.audit import audit, links_prefix
+    from distfl.links import monitoring_flags
+
+    if (Path(options.config) / "manifest.json").is_file():
+        return audit(Path(options.config))
+    overrides = [*options.overrides, "run.keep_ledgers=true", "transport.name=mpi"]
+    config = settings.load(TrainConfig, options.config, overrides)
+    _check_ranks(options.ranks)
+    folder = RunFolder(config)
+    folder.check(resume=False)
+    code = launching.run_ranks(options.ranks, ["train", options.config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
+    return code or audit(folder.path)
 
 
 def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -207,6 +207,7 @@ class RunConfig:
     folder: str = "runs/default"
     checkpoint_every: int = 1  # rounds
     keep_checkpoints: int = 2
+    keep_ledgers: bool = False  # every rank writes all it counted to ledgers/ at its end: what `distfl audit` reads
 
     def __post_init__(self) -> None:
         require(self.checkpoint_every >= 1, "run.checkpoint_every", self.checkpoint_every, "at least 1")

@@ -61,6 +61,11 @@ class Exchange(ABC):
         """End of the round."""
 
     # --- server
+    @property
+    def layout(self) -> list[list]:
+        """[unit, ranks that hold sums of it, whether with a weight per element], for every unit that ranks sum up among themselves."""
+        return []
+
     @abstractmethod
     def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
         """A wave's updates.
@@ -125,6 +130,10 @@ class Reduce(Exchange):
         self._ranks: dict[int, set[int]] = {}
         self._by_element: set[int] = set()
 
+    @property
+    def layout(self) -> list[list]:
+        return [[unit, sorted(self._ranks[unit]), unit in self._by_element] for unit in sorted(self._ranks)]
+
     def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
         sent = [(unit, pieces_of(self.state, assignment, unit, block)) for unit, block in zip(self.state.table, blocks) if len(block)]
         means = [self._means.get(unit.index) or self._mean(unit) for unit, _ in sent]
@@ -177,7 +186,7 @@ class Reduce(Exchange):
         self._by_element |= by_element
         if not last:
             return
-        layout = [[unit, sorted(self._ranks[unit]), unit in self._by_element] for unit in sorted(self._ranks)]
+        layout = self.layout
         self.state.transport.broadcast_value(layout, "layout")
         under_way: deque[Pending] = deque()
         for number in range(len(layout) + UNITS_UNDER_WAY - 1):

@@ -11,8 +11,10 @@ from functools import cached_property
 
 from distfl.config import TrainConfig
 from distfl.corpora import cache_folder, read
+from distfl.errors import ConfigError
+from distfl.exchange import choose
 from distfl.family import Family, open_family
-from distfl.fleet import Client, build_fleet
+from distfl.fleet import Client, build_fleet, participants
 from distfl.methods.base import Method, Workload, load_method, workload
 from distfl.model import ModelSpec
 from distfl.partition import deal
@@ -30,6 +32,7 @@ class Job:
     shards: ShardIndex
     clients: list[Client]
     selection: Selection
+    collective_reason: str = "as configured"
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,7 +62,26 @@ def prepare(config: TrainConfig) -> Job:
     rows = [len(shards.train(client, context)) for client in range(len(shards.shards))]
     clients = build_fleet(config.fleet, [shard.name for shard in shards.shards], rows, config.seed)
     selection = method.select(clients, {depth: workload(config, method, family.spec(depth), 1) for depth in depths})
-    return Job(config, family, method, shards, clients, selection)
+    return _settled(Job(config, family, method, shards, clients, selection))
+
+
+def _settled(job: Job) -> Job:
+    """With ``transport.collective=auto`` replaced by what it means here (raises ConfigError for what the method cannot do)."""
+    asked = job.config.transport.collective
+    if asked == "reduce" and job.method.needs_each_update:
+        raise ConfigError(
+            "transport.collective = reduce",
+            f"{job.config.method.name} must see every single update, a sum does not do",
+            "set transport.collective=gather",
+        )
+    if asked != "auto":
+        return job
+    workload = job.workload(1)
+    planned = job.method.plan(1, participants(job.clients, job.config.fleet.participants, job.config.seed, 1), workload, {})
+    collective, reason = choose(planned, workload.costs.table, job.method.needs_each_update)
+    return replace(
+        job, config=replace(job.config, transport=replace(job.config.transport, collective=collective)), collective_reason=reason
+    )
 
 
 def tokenised(config: TrainConfig, family: Family) -> ShardIndex:

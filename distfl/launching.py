@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from distfl import allocator
@@ -74,7 +75,7 @@ def mpirun_path() -> str:
     return found
 
 
-def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
+def mpirun_command(ranks: int, arguments: list[str], own_flags: Sequence[str] = ()) -> list[str]:
     """The whole command line for ``ranks`` ranks of ``distfl arguments``."""
     flags = ["-n", str(ranks), "--bind-to", "none"]
     if os.geteuid() == 0:
@@ -86,15 +87,16 @@ def mpirun_command(ranks: int, arguments: list[str]) -> list[str]:
         flags += ["-x", f"{name}={value}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
-    flags += shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))
+    flags += [*own_flags, *shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))]
     return [mpirun_path(), *flags, sys.executable, "-m", "distfl", *arguments]
 
 
-def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None) -> int:
+def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None, flags: Sequence[str] = ()) -> int:
     """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on.
 
     Args:
         stop: the request that SIGUSR1 may have made already.
+        flags: more of mpirun's.
 
     Returns:
         The exit code; 128 + the signal's number where SIGINT, SIGTERM or SIGHUP ended the ranks.
@@ -113,7 +115,7 @@ def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
-    command = mpirun_command(ranks, arguments)
+    command = mpirun_command(ranks, arguments, flags)
     # in a process group of its own: Ctrl-C comes from here, once, and a second one would make mpirun drop its ranks
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     signal.signal(signal.SIGUSR1, pass_on)

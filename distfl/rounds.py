@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from distfl import settings
 from distfl.caps.base import MemoryCap
 from distfl.caps.choice import make_cap
+from distfl.caps.process import Peak
 from distfl.checkpoints import ServerState
 from distfl.config import TrainConfig
 from distfl.errors import DistflError, NotFinite, StartError
@@ -136,7 +137,9 @@ def _serve_round_zero(job: Job, state: RankState) -> RoundResult:
     _distribute_from_server(state)
     score = _score_on_server(job, state)
     record = _record(0, None, score, [], [], {}, {}, {}, time.monotonic() - began)
-    return RoundResult(record, [], {"round": 0, "payload": {}, "mpi": state.transport.gather(state.transport.ledger.take(), "ledgers")})
+    return RoundResult(
+        record, [], {"round": 0, "payload": {}, "layout": [], "mpi": state.transport.gather(state.transport.ledger.take(), "ledgers")}
+    )
 
 
 def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: ServerOptimizer, round: int) -> RoundResult:
@@ -149,7 +152,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     downloads = {assignment.client: _downloads(state, server, assignment) for assignment in active}
     waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
     transport.broadcast_value({"waves": len(waves), "weight": weight})
-    exchange = make_exchange(state, weight)
+    exchange, merging = make_exchange(state, weight), Peak()
     reports, uploads, contributors = [], {}, dict.fromkeys((unit.name for unit in state.table), 0)
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
@@ -161,8 +164,9 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
                 contributors[unit] += 1
             if sent:
                 uploads[assignment.client] = sent
-        for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
-            _finish(state, optimizer, unit, mean)
+        with merging.watched():
+            for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
+                _finish(state, optimizer, unit, mean)
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
@@ -182,7 +186,8 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
     }
-    return RoundResult(record, reports, {"round": round, "payload": payload, "mpi": transport.gather(transport.ledger.take(), "ledgers")})
+    traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
+    return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})
 
 
 def _serve_wave(state: RankState, hosted: list[Assignment]) -> tuple[list[ClientReport], list[list[int]], set[int]]:

@@ -43,7 +43,9 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def _deciding(config: TrainConfig) -> dict:
     """The settings that decide the result; a resumed run may have others of the rest."""
     values = settings.to_dict(config)
-    return {key: value for key, value in values.items() if key not in ("run", "transport")} | {"transport.codec": config.transport.codec}
+    return {key: value for key, value in values.items() if key not in ("run", "transport")} | {
+        f"transport.{key}": value for key, value in values["transport"].items() if key != "name"
+    }
 
 
 def _origin(job: Job) -> dict:
@@ -199,11 +201,15 @@ class RunFolder:
             "command": sys.argv,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "resumed_after_round": resumed_at,
+            "collective": job.config.transport.collective,
+            "collective_reason": job.collective_reason,
             "memory_enforced_by": " and ".join(sorted({rank.cap for rank in ranks if rank.cap})),
             "start_up_cpu_seconds_by_rank": [rank.cpu_seconds for rank in ranks],
         }
         groups = {client.name: client.group for client in job.clients}
-        write_json(manifest_file, _origin(job) | {"family": str(job.family.folder), "groups": groups, "starts": [*starts, start]})
+        units = {unit.name: {"bytes": unit.bytes, "tensors": len(unit.tensors)} for unit in job.workload(1).costs.table}
+        about = {"family": str(job.family.folder), "groups": groups, "units": units, "starts": [*starts, start]}
+        write_json(manifest_file, _origin(job) | about)
         write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))  # last: with it there is a run to resume
 
     @staticmethod

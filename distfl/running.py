@@ -19,7 +19,7 @@ from distfl.allocator import exact_allocator
 from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
-from distfl.files import write_atomically
+from distfl.files import write_atomically, write_json
 from distfl.hosting import RankState, rank_state
 from distfl.launching import say, threads_per_rank
 from distfl.messages import Score
@@ -71,7 +71,10 @@ def _run_client(transport: Transport) -> int:
         joined = join(transport)
         if joined is None:
             return EXIT_REFUSED
-        return 0 if work(*joined) else EXIT_REQUEUE
+        state, cap = joined
+        finished = work(state, cap)
+        _keep_ledger(state)
+        return 0 if finished else EXIT_REQUEUE
     except threading.BrokenBarrierError:  # local transport: the server has ended and said why
         return 1
     except DistflError as error:
@@ -102,8 +105,10 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
         if options.resume:
             folder.check_same(job)
         with folder.claimed(options.resume):
-            state = rank_state(transport, config, job.spec, job.shards)
+            state = rank_state(transport, job.config, job.spec, job.shards)
             server = _server_state(job, state, folder, options.resume)
+            if config.transport.collective == "auto":
+                say(f"transport.collective: {job.config.transport.collective}; {job.collective_reason}")
             say(f"depth {job.selection.depth}, {len(job.clients)} clients; proving the memory caps")
             introduced = True
             ranks = introduce(job, state)
@@ -124,6 +129,13 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
     except BaseException:
         traceback.print_exc()
         transport.abort(1)
+
+
+def _keep_ledger(state: RankState) -> None:
+    """Write what this rank has counted, if it is to be kept: nothing is sent after this."""
+    run = state.config.run
+    if run.keep_ledgers:
+        write_json(Path(run.folder) / "ledgers" / f"{state.transport.rank}.json", state.transport.ledger.whole_run())
 
 
 def _server_state(job: Job, state: RankState, folder: RunFolder, resume: bool) -> ServerState:
@@ -159,6 +171,7 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: R
     write_atomically(folder.path / "summary.txt", text + "\n")
     folder.finish()
     dismiss(state.transport, finished)
+    _keep_ledger(state)
     print(f"\n{text}\n", flush=True)
     try:
         print(f"picture: {reporting.picture(run)}", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from distfl.errors import CapError
@@ -30,6 +32,20 @@ def reset_high_water() -> None:
         raise CapError(
             "the peak of one client", f"/proc/self/clear_refs: {error}", "run where it can be written; some containers hide it"
         ) from None
+
+
+class Peak:
+    """Most memory that this process held during some stretches of work, above what it held when this was made."""
+
+    def __init__(self) -> None:
+        self._before, self.bytes = resident_bytes(), 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """One stretch (raises CapError where high-water marks cannot be reset)."""
+        reset_high_water()
+        yield
+        self.bytes = max(self.bytes, high_water_bytes() - self._before)
 
 
 def _status(key: str) -> int:

@@ -28,11 +28,10 @@ from distfl.aggregation import UnitMean
 from distfl.caps.base import MemoryCap
 from distfl.caps.choice import make_cap
 from distfl.checkpoints import ServerState
-from distfl.codecs.base import unframe
 from distfl.config import TrainConfig
 from distfl.errors import DistflError, StartError
 from distfl.fleet import participants, waves_of
-from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
+from distfl.hosting import NOTHING, RankState, decode_update, host, rank_state, rehearse
 from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
 from distfl.methods.base import build_model
 from distfl.model import ModelSpec
@@ -59,8 +58,9 @@ def introduce(job: Job, state: RankState) -> list[RankStart]:
     """
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
+    mark = state.residuals and state.residuals.announce()
     transport.broadcast_value(
-        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets}
+        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets, "mark": mark}
     )
     ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None})
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
@@ -85,6 +85,8 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     state = rank_state(transport, config, ModelSpec(**message["spec"]), ShardIndex.from_json(message["shards"]))
     failure, cap = None, None
     try:
+        if state.residuals:
+            state.residuals.check(message["mark"])
         cap = make_cap(config.memory.enforce)
         for budget in message["budgets"]:
             cap.prove(budget)
@@ -197,7 +199,7 @@ def _serve_wave(
         for assignment, block in zip(hosted, blocks):
             if len(block):
                 uploads.setdefault(assignment.client, {})[unit.name] = block.nbytes
-                pieces = unframe(state.codec, block, assignment.round, assignment.client, unit)
+                pieces = decode_update(state, block, assignment, unit)
                 means[unit.index].add(state.method.restore(pieces, assignment))
         if round_weight is not None and means[unit.index].contributors:
             _finish(state, optimizer, means[unit.index], round_weight)

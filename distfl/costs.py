@@ -9,8 +9,9 @@ attention, no dropout):
 
 A frozen prefix runs under no-grad and keeps nothing; a recomputed block keeps its input, d. The peak is
 the largest of the round's moments (``Peak.moments``): weights, optimiser state, residuals of error feedback,
-gradients where they add up, plus what that moment needs; the last moment is that of encoding the update. This is the account of CAFF (arXiv 2411.07826, weights + optimiser state +
-activations) with the moments it leaves out and the levers of ``recipes.py``.
+gradients where they add up, plus what that moment needs; the last moment is that of encoding the update. This
+is the account of CAFF (arXiv 2411.07826, weights + optimiser state + activations) with the moments it leaves
+out and the levers of ``recipes.py``.
 """
 
 from __future__ import annotations

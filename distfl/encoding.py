@@ -68,7 +68,7 @@ def encoding_of(config: TransportConfig) -> Encoding:
         asked = "transport.error_feedback = on" if feedback else f"the codec {config.codec}"
         raise ConfigError(
             f"{asked} with transport.deltas = off",
-            "what is lost of whole weights never adds up over rounds",
+            "what is lost of whole weights does not make up for itself",
             "set transport.deltas=auto or on",
         )
     return Encoding(codec, deltas, feedback)

@@ -61,9 +61,11 @@ class TopK(Codec):
                 value_bytes.view(np.float32)[:] = flat[positions]
             low = len(planes)
             for bit, plane in enumerate(planes):
-                plane[:] = np.packbits((positions >> bit & 1).astype(bool), bitorder="little")
+                plane[:] = np.packbits((positions & 1 << bit).astype(bool), bitorder="little")
+            positions >>= low
+            positions += np.arange(sent)
             ones = np.zeros(_unary_bits(len(flat), sent, low), bool)
-            ones[(positions >> low) + np.arange(sent)] = True
+            ones[positions] = True
             unary[:] = np.packbits(ones, bitorder="little")
         return words
 
@@ -80,13 +82,13 @@ class TopK(Codec):
                 found = torch.from_numpy(value_bytes.view(np.float32).copy())
                 if not torch.isfinite(found).all():
                     raise ValueError("a value is not finite")
-            values[torch.from_numpy(positions)] = found
+            values.numpy()[positions] = found.numpy()
         return values.view(shape)
 
     def working_bytes(self, shape: tuple[int, ...]) -> int:
         count = math.prod(shape)
         sent = self._sent(count)
-        at_work = 36 * sent + (_unary_bits(count, sent, _low_bits(count, sent)) if sent else 0)
+        at_work = 17 * sent + (_unary_bits(count, sent, _low_bits(count, sent)) if sent else 0)
         return WORD.itemsize * self.encoded_words(shape) + at_work + 32 * CHUNK_VALUES
 
     def _sent(self, count: int) -> int:
@@ -130,7 +132,7 @@ def _positions(planes: np.ndarray, unary: np.ndarray, count: int, sent: int) -> 
     for bit, plane in enumerate(planes):
         ones = np.unpackbits(plane, bitorder="little")
         require_zeros(ones[sent:])
-        positions |= ones[:sent].astype(np.int64) << bit
+        positions[ones[:sent].view(bool)] |= 1 << bit
     if positions[-1] >= count or (positions[1:] <= positions[:-1]).any():
         raise ValueError("positions that do not rise, or lie outside")
     return positions

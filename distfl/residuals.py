@@ -78,7 +78,9 @@ class ResidualFolder:
             found = (self._path / MARK).read_text()
             if found != mark:
                 raise OSError("it is another folder than the server's")
-            write_atomically(self._path / f"probe-{uuid.uuid4().hex}", "").unlink()
+            probe = self._path / f"probe-{uuid.uuid4().hex}"
+            write_atomically(probe, "")
+            probe.unlink()
         except OSError as error:
             raise StartError(
                 f"residuals of error feedback in {self._path}, on every client rank",

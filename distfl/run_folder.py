@@ -226,5 +226,6 @@ class RunFolder:
                 os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the mark; nothing is written after it."""
+        """Write the mark; nothing is written after it. What only a resumed run would need goes."""
         write_atomically(self.path / "finished", time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+        shutil.rmtree(self.path / RESIDUALS, ignore_errors=True)

@@ -242,10 +242,7 @@ BAD = {
     "unknown method": (["method.name=caf"], "caff"),
     "unknown codec": (["transport.codec=int9"], "int8"),
     "unknown option of a codec": (["transport.codec=top_k", "transport.codec_options.densty=0.1"], "did you mean 'density'"),
-    "error feedback of whole weights": (
-        ["transport.codec=int4", "transport.error_feedback=on", "transport.deltas=off"],
-        "transport.deltas",
-    ),
+    "top_k of whole weights": (["transport.codec=top_k", "transport.deltas=off"], "set transport.deltas"),
     "more participants than clients": (["fleet.participants=50"], "participants"),
 }
 

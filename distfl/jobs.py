@@ -53,7 +53,7 @@ def prepare(config: TrainConfig) -> Job:
         DistflError: anything that cannot work, before a rank trains.
     """
     method = load_method(config.method.name, config.method.options)
-    encoding_of(config.transport)
+    encoding_of(config.transport)  # refuses what it cannot be
     family = open_family(config.model.family, config.model.depths)
     depths = config.model.depths or family.depths
     shards = tokenised(config, family)

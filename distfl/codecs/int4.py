@@ -8,7 +8,7 @@ from distfl.codecs.int8 import PerChannel
 
 
 class Int4(PerChannel):
-    """Half a byte a value; error of each below a seventh of its channel's largest magnitude."""
+    """Half a byte a value; error of each below 15 % of its channel's largest magnitude."""
 
     largest, values_per_byte = 7, 2
 

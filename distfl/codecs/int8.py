@@ -104,7 +104,7 @@ class PerChannel(Codec):
 
 
 class Int8(PerChannel):
-    """A byte a value; error of each below a 127th of its channel's largest magnitude (and 1 % of that for the scale's rounding)."""
+    """A byte a value; error of each below 0.8 % of its channel's largest magnitude."""
 
     largest, values_per_byte = 127, 1
 

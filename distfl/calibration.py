@@ -21,7 +21,7 @@ import torch
 from distfl import seeds
 from distfl.caps.base import MemoryCap
 from distfl.caps.rlimit import Report
-from distfl.config import FleetConfig, GroupConfig, LeversConfig, MemoryConfig, TrainConfig, TrainingConfig
+from distfl.config import FleetConfig, GroupConfig, LeversConfig, MemoryConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
 from distfl.errors import PlanError
 from distfl.fleet import MEGA
 from distfl.hosting import RankState, host, rank_state, rehearse
@@ -32,11 +32,12 @@ from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.transport.local import group
 
 STEPS = 3
+CODECS = ("exact", "bf16", "int8", "int4", "top_k")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One client: a model, how it trains, its window and recipe."""
+    """One client: a model, how it trains, its window and recipe, and the codec of its update."""
 
     spec: ModelSpec
     batch: int
@@ -45,6 +46,7 @@ class Case:
     blocks: int
     recipe: Recipe
     mapped_prefix: bool
+    codec: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Comparison:
 
 
 def grid() -> Iterator[Case]:
-    """Shapes x windows x recipes; every lever alone and several together."""
+    """Shapes x windows x recipes; every lever alone and several together; and every codec where its moment is the fullest."""
     shapes = (
         ModelSpec(6, 128, 4, 128, 2048),
         ModelSpec(12, 128, 4, 128, 2048),
@@ -80,11 +82,18 @@ def grid() -> Iterator[Case]:
             yield Case(spec, 8, "sgd", True, blocks, Recipe(2, LOSS_CHUNK_TOKENS), False)
     for width, vocabulary, micro_batch in itertools.product((128, 256), (8192, 50257), (4, 1)):
         yield Case(ModelSpec(2, width, 4, 128, vocabulary), 8, "adamw", True, 1, Recipe(micro_batch, LOSS_CHUNK_TOKENS), True)
+    yield from sending()
+
+
+def sending() -> Iterator[Case]:
+    """Clients that hold most while they encode: no optimiser state, few tokens, gradients of one unit at a time."""
+    for codec, spec in itertools.product(CODECS, (ModelSpec(12, 128, 4, 32, 256), ModelSpec(4, 256, 8, 32, 8192))):
+        yield Case(spec, 1, "sgd", False, spec.depth, Recipe(1, None, spec.depth, True), True, codec)
 
 
 def drawn(count: int, seed: int) -> Iterator[Case]:
     """Cases drawn at random: any shape of a tiny Transformer, any window and recipe."""
-    draws = seeds.generator(seed, "calibration cases")
+    draws, codecs = seeds.generator(seed, "calibration cases"), seeds.generator(seed, "codecs of calibration cases")
 
     def one_of(*values):
         return values[draws.integers(len(values))]
@@ -97,7 +106,8 @@ def drawn(count: int, seed: int) -> Iterator[Case]:
         recomputed = one_of(0, 0, blocks, int(draws.integers(0, blocks + 1)))
         fused = micro_batch == batch and one_of(True, False)
         recipe = Recipe(micro_batch, one_of(None, LOSS_CHUNK_TOKENS), recomputed, fused)
-        yield Case(spec, batch, one_of("adamw", "sgd"), not fused, blocks, recipe, one_of(True, False))
+        optimizer, mapped_prefix, codec = one_of("adamw", "sgd"), one_of(True, False), CODECS[codecs.integers(len(CODECS))]
+        yield Case(spec, batch, optimizer, not fused, blocks, recipe, mapped_prefix, codec)
 
 
 def compare(case: Case, folder: Path) -> Comparison:
@@ -128,6 +138,8 @@ def rank_of(case: Case, folder: Path, steps: int = STEPS) -> RankState:
             mapped_prefix="on" if case.mapped_prefix else "off",
             prefix_features="off",
         ),
+        transport=TransportConfig(codec=case.codec),
+        run=RunConfig(str(folder)),
     )
     count = 4 * case.batch * case.spec.context + 1
     seeds.generator(1, "calibration").integers(0, case.spec.vocabulary, count).astype(TOKEN).tofile(folder / "tokens.bin")
@@ -175,7 +187,7 @@ def line(found: Comparison) -> str:
     case = found.case
     spec = case.spec
     return (
-        f"depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} {case.optimizer} batch {case.batch} "
+        f"depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} {case.optimizer} {case.codec} batch {case.batch} "
         f"blocks {case.blocks:2}: predicted {found.predicted_bytes / MEGA:7.2f} measured {found.measured_bytes / MEGA:7.2f} MB "
         f"{100 * found.error:+5.1f} %  {case.recipe.describe(case.batch, spec.context)}"
     )

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from distfl.settings import require
 
+Switch = Literal["auto", "on", "off"]  # auto is on wherever that is of use; what it depends on stands beside the key
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -133,12 +135,10 @@ class TrainingConfig:
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
 
 
-Switch = Literal["auto", "on", "off"]  # auto: where it costs time, only as far as a budget makes it useful; else on
-
-
 @dataclass(frozen=True)
 class LeversConfig:
-    """Ways to train more blocks within a budget; all but frozen_precision give the gradient of plain training."""
+    """Ways to train more blocks within a budget; all but frozen_precision give the gradient of plain training.
+    auto: where it costs time, only as far as a budget makes it useful; else on."""
 
     micro_batches: Switch = "auto"  # activations of few sequences at a time; on = of one
     loss_chunks: Switch = "auto"  # logits of 128 tokens at a time; auto = on
@@ -183,7 +183,10 @@ class TransportConfig:
     """How ranks talk."""
 
     name: Literal["auto", "local", "mpi"] = "auto"  # auto = mpi where an MPI launcher started this process
-    codec: Literal["exact"] = "exact"
+    codec: str = "exact"  # exact | bf16 | int8 | int4 | top_k: how updates are written; see codecs/
+    codec_options: dict[str, Any] = field(default_factory=dict)  # checked by the codec's own Options
+    deltas: Switch = "auto"  # send differences from the round's shared tensors; auto = on for codecs that lose something
+    error_feedback: Switch = "auto"  # what is lost goes into the client's next update; auto = on for biased codecs (top_k)
     collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto = what moves fewer bytes, and says why
     sums: Literal["fixed", "float"] = "fixed"  # reduce: 8 bytes a value and the same bits on any number of ranks, or 4 bytes
 

@@ -8,9 +8,10 @@ attention, no dropout):
     8d + 2f + H + 4      LN1 in, LN1 out, q k v, attention out, LN2 in, LN2 out | fc1 out, GELU out | log-sum-exp, norm statistics
 
 A frozen prefix runs under no-grad and keeps nothing; a recomputed block keeps its input, d. The peak is
-the largest of the step's moments (``Peak.moments``): weights, optimiser state, gradients where they add
-up, plus what that moment needs. This is the account of CAFF (arXiv 2411.07826, weights + optimiser state +
-activations) with the moments it leaves out and the levers of ``recipes.py``.
+the largest of the round's moments (``Peak.moments``): weights, optimiser state, residuals of error feedback,
+gradients where they add up, plus what that moment needs; the last moment is that of encoding the update. This
+is the account of CAFF (arXiv 2411.07826, weights + optimiser state + activations) with the moments it leaves
+out and the levers of ``recipes.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from distfl.allocator import MAPPED_FROM_BYTES
+from distfl.encoding import Encoding
 from distfl.frozen import Precision, matrix_bytes, stored_bytes
 from distfl.model import ModelSpec
 from distfl.recipes import Recipe
@@ -35,6 +37,7 @@ class Peak:
     Args:
         weights: all units, frozen ones too.
         optimizer: state of the trained tensors.
+        residuals: what error feedback keeps from round to round.
         gradients: that outlive a micro-batch, because they add up.
         activations: kept for backward by the trained blocks.
         transient: what the fullest moment adds to these (other gradients, logits, temporaries, the batch).
@@ -44,6 +47,7 @@ class Peak:
 
     weights: int
     optimizer: int
+    residuals: int
     gradients: int
     activations: int
     transient: int
@@ -52,7 +56,7 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        return self.weights + self.optimizer + self.gradients + self.activations + self.transient + self.margin
+        return self.weights + self.optimizer + self.residuals + self.gradients + self.activations + self.transient + self.margin
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Costs:
         state_tensors: optimiser tensors per trained parameter: AdamW 2, SGD with momentum 1, SGD 0.
         margin_bytes: added to every peak.
         frozen_precision: how matrices below the window are stored.
+        encoding: how updates become bytes.
     """
 
     table: UnitTable
@@ -82,6 +87,7 @@ class Costs:
     state_tensors: int
     margin_bytes: int = 0
     frozen_precision: Precision = "fp32"
+    encoding: Encoding = Encoding()
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,8 +102,12 @@ class Costs:
         narrower = matrix_bytes(self.table, window) - stored_bytes(self.table, window, self.frozen_precision)
         return self.table.bytes - narrower
 
+    def upload_bytes(self, window: Window) -> int:
+        """Payload of the window's update as it is encoded, without block headers."""
+        return self.encoding.upload_bytes(self.table, window)
+
     def peak(self, window: Window, recipe: Recipe) -> Peak:
-        """Peak of a training step with this window (see the module docstring)."""
+        """Peak of a client's round with this window (see the module docstring)."""
         return _peak(self, window, recipe)
 
     def block_flops(self) -> int:
@@ -165,15 +175,16 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
         first = trained - recomputed + 1
         moments["first recomputation"] = (recomputed - 1) * entry + block + backward + held(first)
         moments["last recomputation"] = block + backward + held(trained)
-    # training is over, its message lies beside the weights
-    moments["sending"] = all_gradients - optimizer - gradients - always
+    # training is over, its message grows beside the weights
+    moments["sending"] = costs.encoding.sending_bytes(table, window) - optimizer - gradients - always
     # every long-lived tensor that is mapped by itself takes a page more than its bytes
     mapped = sum(VALUE_BYTES * t.elements >= MAPPED_FROM_BYTES for unit in window.units for t in table[unit].tensors)
     always += PAGE_BYTES * mapped * (1 + costs.state_tensors + keeps)
     weights = costs.weights(window)
-    fixed = weights + optimizer + gradients
+    residuals = costs.encoding.residual_bytes(table, window)
+    fixed = weights + optimizer + residuals + gradients
     totals = {name: fixed + moment + always + costs.margin_bytes for name, moment in moments.items()}
-    return Peak(weights, optimizer, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)
+    return Peak(weights, optimizer, residuals, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)
 
 
 def _holes(logits: int, head_matrix: int, widest: int) -> tuple[int, int]:

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from distfl.aggregation import FixedPointMean, UnitMean
-from distfl.codecs.base import unframe
-from distfl.hosting import NOTHING, RankState
+from distfl.hosting import NOTHING, RankState, decode_update
 from distfl.messages import Assignment
 from distfl.transport.base import Pending
 from distfl.units import VALUE_BYTES, Unit
@@ -205,7 +204,7 @@ class Reduce(Exchange):
 
 def pieces_of(state: RankState, assignment: Assignment, unit: Unit, block: np.ndarray) -> list[Any]:
     """A client's block as pieces in the space where means are taken."""
-    return state.method.restore(unframe(state.codec, block, assignment.round, assignment.client, unit), assignment)
+    return state.method.restore(decode_update(state, block, assignment, unit), assignment)
 
 
 def order_in_tree(ranks: list[int], unit: int) -> list[int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,21 +15,23 @@ from torch.nn import Parameter
 from distfl import seeds
 from distfl.allocator import collect_garbage
 from distfl.caps.base import MemoryCap, Outcome, is_allocation_failure, refused_allocation
-from distfl.codecs.base import Codec, frame, load_codec
 from distfl.config import TrainConfig
 from distfl.costs import Costs
+from distfl.encoding import Encoding
 from distfl.errors import NotFinite
 from distfl.features import FeatureFile, FeatureShelf, Prefix
 from distfl.frozen import matrix_bytes, narrow
-from distfl.messages import Assignment, ClientReport, Failure
+from distfl.messages import Assignment, ClientReport, Failure, Piece
 from distfl.methods.base import Method, build_model, costs_of, load_method
 from distfl.model import ModelSpec
 from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
 from distfl.replica import Replica
+from distfl.residuals import ResidualFolder, Residuals
 from distfl.shards import ShardIndex
 from distfl.training import Trained, train
 from distfl.transport.base import WORD, Transport
-from distfl.units import UnitTable
+from distfl.units import Unit, UnitTable
+from distfl.updates import frame, unframe
 
 NOTHING = np.empty(0, WORD)
 
@@ -43,20 +45,25 @@ class RankState:
     spec: ModelSpec
     shards: ShardIndex
     method: Method
-    codec: Codec
     costs: Costs
     replica: Replica
+    residuals: ResidualFolder | None  # with error feedback
     shelf: FeatureShelf = field(default_factory=FeatureShelf)
 
     @property
     def table(self) -> UnitTable:
         return self.costs.table
 
+    @property
+    def encoding(self) -> Encoding:
+        return self.costs.encoding
+
 
 def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shards: ShardIndex) -> RankState:
     method = load_method(config.method.name, config.method.options)
     costs = costs_of(config, method, spec)
-    return RankState(transport, config, spec, shards, method, load_codec(config.transport.codec), costs, Replica(costs.table))
+    residuals = ResidualFolder(Path(config.run.folder), costs.table) if costs.encoding.error_feedback else None
+    return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), residuals)
 
 
 def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list[np.ndarray], ClientReport]:
@@ -69,7 +76,8 @@ def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list
     began = time.monotonic()
     # in a control group what is written to files counts, so nothing is kept there
     files = _feature_files(state, assignment) if cap.in_this_process else {}
-    work = partial(_try_to_work, state, assignment, files)
+    residuals = state.residuals and state.residuals.load(assignment.client, assignment.round, assignment.window.units)
+    work = partial(_try_to_work, state, assignment, files, residuals)
     measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state))
     collect_garbage()
     outcome = measured.outcome
@@ -79,6 +87,8 @@ def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list
     if failure is None and measured.peak_bytes > assignment.memory_bytes:
         failure = over_cap(assignment, f"with a peak of {measured.peak_bytes}")
     blocks = [NOTHING] * len(state.table) if failure else outcome.blocks
+    if residuals and not failure:  # else nothing of it was sent
+        state.residuals.save(assignment.client, assignment.round, residuals)
     trained = Trained(**outcome.facts["trained"])
     report = ClientReport(
         round=assignment.round,
@@ -110,10 +120,19 @@ def _left_out(failure: Failure) -> Outcome:
     return Outcome([], {"trained": asdict(Trained(0, 0, 0, None)), "failure": asdict(failure)})
 
 
-def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile]) -> Outcome:
+def decode_update(state: RankState, block: np.ndarray, assignment: Assignment, unit: Unit) -> list[Piece]:
+    """What a client sent of one unit, on any rank that still holds the shared tensors the round started from.
+
+    Raises:
+        WireError: the block is not what was expected.
+    """
+    return unframe(state.encoding, block, assignment.round, assignment.client, unit, state.replica.tensors)
+
+
+def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile], residuals: Residuals | None) -> Outcome:
     """The client's work, wherever the cap has it done."""
     try:
-        return _work(state, assignment, files)
+        return _work(state, assignment, files, residuals)
     except Exception as error:
         if is_allocation_failure(error):
             return _left_out(over_cap(assignment, refused_allocation(error)))
@@ -122,7 +141,7 @@ def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, Feat
         raise
 
 
-def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile]) -> Outcome:
+def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile], residuals: Residuals | None) -> Outcome:
     """Train the client's own copy of what it may train, then encode it unit by unit."""
     model = build_model(state.method, state.spec, state.replica.tensors)
     data = state.shards.train(assignment.client, state.spec.context)
@@ -139,10 +158,8 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
     for unit in state.table:
         draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
         pieces = state.method.collect(tensors, assignment, unit)
-        for piece in pieces:
-            if not all(math.isfinite(end) for end in torch.aminmax(piece.values)):  # makes no tensor of their size
-                raise NotFinite(f"update of client {assignment.client}", f"{piece.name} is not finite", "lower training.learning_rate")
-        blocks.append(frame(state.codec, pieces, assignment.round, assignment.client, draws))
+        shared, kept = state.replica.tensors, residuals and residuals.tensors
+        blocks.append(frame(state.encoding, pieces, assignment.round, assignment.client, unit, shared, draws, kept))
     return Outcome(blocks, {"trained": asdict(done), "failure": None})
 
 
@@ -153,13 +170,14 @@ def _own(parameters: Iterable[Parameter]) -> None:
 
 
 def _charged_bytes(state: RankState, assignment: Assignment) -> int:
-    """Weights that the client uses where the node holds them: no limit on private memory sees them."""
+    """What the client uses where the node holds it: its residuals, and mapped weights. No limit on private memory sees them."""
+    residuals = state.encoding.residual_bytes(state.table, assignment.window)
     if state.config.levers.mapped_prefix == "off":
-        return 0
+        return residuals
     frozen = state.table.bytes - state.method.trained_bytes(assignment.window, state.table)
     if state.config.levers.frozen_precision == "fp32":
-        return frozen
-    return frozen - matrix_bytes(state.table, assignment.window)  # narrowed copies are the client's own
+        return residuals + frozen
+    return residuals + frozen - matrix_bytes(state.table, assignment.window)  # narrowed copies are the client's own
 
 
 def _feature_files(state: RankState, assignment: Assignment) -> dict[int, FeatureFile]:
@@ -183,7 +201,9 @@ def rehearse(state: RankState) -> None:
     training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
-    _work(small, Assignment(0, 0, small.table.suffix(2), 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {})
+    window = small.table.suffix(2)
+    residuals = Residuals(small.table, window.units) if small.encoding.error_feedback else None
+    _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {}, residuals)
 
 
 def _rehearse_products(state: RankState) -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from distfl.config import TrainConfig
 from distfl.corpora import cache_folder, read
+from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.exchange import choose
 from distfl.family import Family, open_family
@@ -55,6 +56,7 @@ def prepare(config: TrainConfig) -> Job:
         DistflError: anything that cannot work, before a rank trains.
     """
     method = load_method(config.method.name, config.method.options)
+    encoding_of(config.transport)  # refuses what it cannot be
     family = open_family(config.model.family, config.model.depths)
     depths = config.model.depths or family.depths
     shards = tokenised(config, family)

@@ -95,12 +95,34 @@ def _groups(job: Job) -> str:
 
 def _parts(job: Job) -> str:
     """The terms of each group's predicted peak."""
-    rows = [["predicted peak, MB", "weights", "optimizer", "gradients", "activations", "transient", "margin", "total", "fullest moment"]]
+    rows = [
+        [
+            "predicted peak, MB",
+            "weights",
+            "optimizer",
+            "residuals",
+            "gradients",
+            "activations",
+            "transient",
+            "margin",
+            "total",
+            "fullest moment",
+        ]
+    ]
     for group, entries in _members(job).items():
         client, assignment = entries[-1]
         if assignment.window is not None:
             peak = job.method.cost_by(client, assignment.window, assignment.recipe, job.workload(1)).peak
-            parts = (peak.weights, peak.optimizer, peak.gradients, peak.activations, peak.transient, peak.margin, peak.bytes)
+            parts = (
+                peak.weights,
+                peak.optimizer,
+                peak.residuals,
+                peak.gradients,
+                peak.activations,
+                peak.transient,
+                peak.margin,
+                peak.bytes,
+            )
             rows.append([group, *map(_mega, parts), max(peak.moments, key=peak.moments.get)])
     return table(rows)
 

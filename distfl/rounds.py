@@ -60,8 +60,15 @@ def introduce(job: Job, state: RankState) -> list[RankStart]:
     """
     transport = state.transport
     budgets = sorted({client.budget.memory_bytes for client in job.clients})
+    mark = state.residuals and state.residuals.announce()
     transport.broadcast_value(
-        {"config": settings.to_dict(job.config), "spec": asdict(job.spec), "shards": asdict(job.shards), "budgets": budgets},
+        {
+            "config": settings.to_dict(job.config),
+            "spec": asdict(job.spec),
+            "shards": asdict(job.shards),
+            "budgets": budgets,
+            "mark": mark,
+        },
         "start",
     )
     ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None}, "start")
@@ -87,6 +94,8 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     state = rank_state(transport, config, ModelSpec(**message["spec"]), ShardIndex.from_json(message["shards"]))
     failure, cap = None, None
     try:
+        if state.residuals:
+            state.residuals.check(message["mark"])
         cap = make_cap(config.memory.enforce)
         for budget in message["budgets"]:
             cap.prove(budget)

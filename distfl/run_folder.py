@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
 LOCK = ".lock"
+RESIDUALS = "residuals"  # see residuals.py
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -43,9 +45,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def _deciding(config: TrainConfig) -> dict:
     """The settings that decide the result; a resumed run may have others of the rest."""
     values = settings.to_dict(config)
-    return {key: value for key, value in values.items() if key not in ("run", "transport")} | {
-        f"transport.{key}": value for key, value in values["transport"].items() if key != "name"
-    }
+    transport = {f"transport.{key}": value for key, value in values.pop("transport").items() if key != "name"}
+    return {key: value for key, value in values.items() if key != "run"} | transport
 
 
 def _origin(job: Job) -> dict:
@@ -99,9 +100,8 @@ class RunFolder:
             try:
                 yield
             finally:
-                if is_new and [path.name for path in self.path.iterdir()] == [LOCK]:  # refused before anything began
-                    (self.path / LOCK).unlink()
-                    self.path.rmdir()
+                if is_new and {path.name for path in self.path.iterdir()} <= {LOCK, RESIDUALS}:  # refused before anything began
+                    shutil.rmtree(self.path)
 
     def _acquire(self, lock: TextIO) -> None:
         try:
@@ -230,5 +230,6 @@ class RunFolder:
                 os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the mark; nothing is written after it."""
+        """Write the mark; nothing is written after it. What only a resumed run would need goes."""
         write_atomically(self.path / "finished", time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+        shutil.rmtree(self.path / RESIDUALS, ignore_errors=True)

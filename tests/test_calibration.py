@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from distfl.calibration import Case, Comparison, drawn, grid, line, verdict
+from distfl.calibration import CODECS, Case, Comparison, drawn, grid, line, sending, verdict
+from distfl.config import TransportConfig
+from distfl.costs import Costs
+from distfl.encoding import encoding_of
 from distfl.model import ModelSpec
 from distfl.recipes import Recipe
 from distfl.units import UnitTable
@@ -27,6 +30,47 @@ def test_predicted_peaks_are_the_measured_ones(seed, tmp_path):
     # the hole that the logits leave is now and then used after all, and the prediction that much too high
     assert errors[-1] < 0.15 and errors[-6] < 0.05, done.stdout
     assert sorted(map(abs, errors))[12] < 0.02, done.stdout
+
+
+ENFORCED = """
+import json, sys
+from pathlib import Path
+from distfl.allocator import exact_allocator, restart_prepared
+restart_prepared()
+import torch
+from distfl.calibration import hosted, rank_of, sending
+from distfl.caps.rlimit import Rlimit
+from distfl.hosting import rehearse
+torch.set_num_threads(1)
+exact_allocator()
+cap = Rlimit()
+for case in list(sending())[::2]:
+    state = rank_of(case, Path(sys.argv[1]))
+    predicted = state.costs.peak(state.table.suffix(case.blocks), case.recipe).bytes
+    cap.prove(predicted + 300_000)
+    rehearse(state)
+    report = hosted(state, case, cap, predicted + 300_000)
+    print(json.dumps([case.codec, report.ok, report.reason, predicted, report.measured_peak_bytes]), flush=True)
+"""
+
+
+def test_a_client_that_holds_most_while_it_encodes_stays_within_an_enforced_cap_by_every_codec(tmp_path):
+    script = tmp_path / "enforced.py"
+    script.write_text(ENFORCED)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(text) for text in done.stdout.splitlines()]
+    assert [codec for codec, *_ in found] == list(CODECS)
+    for codec, ok, reason, predicted, measured in found:
+        assert ok, (codec, reason)
+        assert -0.03 < predicted / measured - 1 < 0.03 and measured <= predicted + 100_000, done.stdout
+
+
+def test_in_the_codecs_cases_encoding_is_the_fullest_moment():
+    for case in sending():
+        costs = Costs(UnitTable(case.spec), case.batch, 0, encoding=encoding_of(TransportConfig(codec=case.codec)))
+        moments = costs.peak(costs.table.suffix(case.blocks), case.recipe).moments
+        assert max(moments, key=moments.get) == "sending"
 
 
 def test_the_grid_has_cases_enough_and_every_lever_alone_and_together():

@@ -7,7 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distfl import model as model_module
+from distfl.config import TransportConfig
 from distfl.costs import Costs
+from distfl.encoding import encoding_of
 from distfl.model import ModelSpec, from_tensors, initial_tensors, next_token_loss
 from distfl.recipes import Recipe
 from distfl.steps import add_gradients, features_of
@@ -208,6 +210,27 @@ def test_every_moment_by_hand(recipe, fixed, moments):
     sending = {"sending": 2192 + 2064 + 1000}  # the weights, and the message beside them
     assert peak.moments == {name: fixed + bytes_ + 1000 for name, bytes_ in moments.items()} | sending
     assert peak.gradients == fixed - 6416
+
+
+def test_residuals_are_in_every_moment_and_sending_is_that_of_the_codec():
+    plain, coded = costs(3), replace(costs(3), encoding=encoding_of(TransportConfig(codec="top_k")))
+    window = plain.table.suffix(2)
+    peaks, residuals = [formulas.peak(window, PLAIN) for formulas in (plain, coded)], plain.table.window_bytes(window)
+    assert (peaks[0].residuals, peaks[1].residuals) == (0, residuals)
+    assert peaks[1].bytes == peaks[0].bytes + residuals
+    for moment in set(peaks[0].moments) - {"sending"}:
+        assert peaks[1].moments[moment] == peaks[0].moments[moment] + residuals
+    mapped = 4096 * 3 * 9  # pages, as in the worked example
+    assert peaks[0].moments["sending"] == plain.table.bytes + residuals + mapped
+    assert peaks[1].moments["sending"] == plain.table.bytes + residuals + mapped + coded.encoding.sending_bytes(plain.table, window)
+
+
+@pytest.mark.parametrize("codec, least, most", [("exact", 1, 1), ("bf16", 2, 2), ("int8", 3.9, 4), ("int4", 7.7, 8), ("top_k", 14, 16)])
+def test_uploads_are_those_of_the_codec(codec, least, most):
+    formulas = replace(costs(3, 128), encoding=encoding_of(TransportConfig(codec=codec)))
+    for blocks in (1, 2, 3):
+        window = formulas.table.suffix(blocks)
+        assert least <= formulas.table.window_bytes(window) / formulas.upload_bytes(window) <= most
 
 
 def test_gradients_that_are_kept_are_mapped_too():

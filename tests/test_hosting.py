@@ -1,5 +1,6 @@
 """One client on its rank: what is trained and sent, by whatever recipe and cap, also by a method that inserts tensors of its own."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from distfl import hosting
 from distfl.aggregation import UnitMean
 from distfl.caps.base import Measured, MemoryCap
+from distfl.caps.cgroup import open_cgroup
 from distfl.caps.rlimit import Report
-from distfl.codecs.base import unframe
-from distfl.config import FleetConfig, GroupConfig, LeversConfig, TrainConfig, TrainingConfig
+from distfl.config import FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
+from distfl.errors import CapError
 from distfl.features import FeatureFile
-from distfl.messages import Assignment
+from distfl.messages import Assignment, Piece
 from distfl.methods.caff import Caff, Options
 from distfl.model import ModelSpec, initial_tensors
 from distfl.recipes import Recipe
@@ -76,8 +78,12 @@ def assignment(state, blocks: int, recipe: Recipe = PLAIN, memory_bytes: int = 1
 def pieces_of(state, blocks, round: int = 1) -> dict:
     """Name -> piece of what was sent; a block for each unit."""
     assert len(blocks) == len(state.table)
+    order = assignment(state, 1, round=round)
     return {
-        piece.name: piece for unit, block in zip(state.table, blocks) if len(block) for piece in unframe(state.codec, block, round, 0, unit)
+        piece.name: piece
+        for unit, block in zip(state.table, blocks)
+        if len(block)
+        for piece in hosting.decode_update(state, block, order, unit)
     }
 
 
@@ -186,6 +192,111 @@ def test_features_of_units_that_changed_are_not_used(state):
     assert hosting._feature_files(made, order)[2] is first
     made.replica.versions[1] += 1
     assert hosting._feature_files(made, order)[2] is not first
+
+
+CODECS = ["exact", "bf16", "int8", "int4", "top_k"]
+
+
+def by(codec: str, tmp_path, **training) -> TrainConfig:
+    """CONFIG with a codec, and a run folder for its residuals."""
+    training = replace(CONFIG.training, **training)
+    return replace(CONFIG, training=training, transport=TransportConfig(codec=codec), run=RunConfig(str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_sent_is_what_was_planned_and_near_what_was_trained(state, tmp_path, codec):
+    exact, made = state(), state(config=by(codec, tmp_path))
+    order = assignment(made, 2)
+    trained = values_of(exact, hosting.host(exact, Report(), order)[0])
+    blocks, report = hosting.host(made, Report(), order)
+    values = values_of(made, blocks)
+    assert report.ok and values.keys() == trained.keys()
+    headers = sum(4 * (1 + int(block[0])) for block in blocks if len(block))
+    assert report.upload_bytes - headers == made.costs.upload_bytes(order.window) <= made.table.window_bytes(order.window)
+    change = max(float((trained[name] - made.replica.tensors[name]).abs().max()) for name in trained)
+    for name in trained:
+        largest = (trained[name] - made.replica.tensors[name]).abs().max()
+        assert (values[name] - trained[name]).abs().max() <= largest * (1 if codec == "top_k" else 0.15) + 1e-7
+    assert change > 1e-3
+    again = state(config=by(codec, tmp_path))
+    assert all(np.array_equal(*pair) for pair in zip(blocks, hosting.host(again, Report(), order)[0]))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_training_changes_nothing_after_the_merge(state, tmp_path, codec):
+    made = state(config=by(codec, tmp_path, steps=0))
+    values = values_of(made, hosting.host(made, Report(), assignment(made, 2))[0])
+    mean = UnitMean(made.table[3])
+    for _ in range(3):
+        mean.add([Piece(3, t.name, None, values[t.name], 1.7) for t in made.table[3].tensors])
+    for tensor in made.table[3].tensors:
+        old = made.replica.tensors[tensor.name]
+        assert torch.equal(values[tensor.name], old) and torch.equal(mean.mean(tensor.name, old, 5.1)[0], old)
+
+
+def kept(made, client: int, round: int, blocks: int = 2) -> dict:
+    return made.residuals.load(client, round, made.table.suffix(blocks).units).tensors
+
+
+def test_what_a_round_lost_comes_with_the_next_and_is_charged(state, tmp_path):
+    made, cap = state(config=by("top_k", tmp_path)), Told()
+    order = assignment(made, 2, memory_bytes=10**7)
+    exact = state()
+    trained = values_of(exact, hosting.host(exact, Report(), order)[0])
+    sent = values_of(made, hosting.host(made, cap, order)[0])
+    frozen, window = (sum(made.table[unit].bytes for unit in units) for units in ((0, 1), order.window.units))
+    assert cap.told == [(10**7, frozen + window)]
+    lost = kept(made, 0, 2)
+    for name in trained:
+        assert torch.allclose(lost[name], trained[name] - sent[name], atol=1e-6)
+    idle = replace(made, config=by("top_k", tmp_path, steps=0))  # round 2 without training: the residual alone is sent
+    sent = values_of(made, hosting.host(idle, Report(), replace(order, round=2))[0], 2)
+    assert any(not torch.equal(sent[name], made.replica.tensors[name]) for name in trained)
+    for name, left in kept(made, 0, 3).items():
+        assert torch.allclose(left + sent[name] - made.replica.tensors[name], lost[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["over its cap", "killed", "not finite"])
+def test_an_update_that_is_not_sent_leaves_the_residual_as_it_was(state, tmp_path, how):
+    made = state(config=by("top_k", tmp_path))
+    hosting.host(made, Report(), assignment(made, 2))
+    before = kept(made, 0, 2)
+    if how == "not finite":
+        order = replace(assignment(made, 2, round=2), learning_rate=1e39)
+        report = hosting.host(replace(made, config=by("top_k", tmp_path, steps=1, clip_norm=None, optimizer="sgd")), Report(), order)[1]
+    else:
+        cap = Told(peak_bytes=10**8, killed="killed" if how == "killed" else "")
+        report = hosting.host(made, cap, assignment(made, 2, memory_bytes=10**7, round=2))[1]
+    assert not report.ok
+    assert same(kept(made, 0, 3), before)
+
+
+def test_a_narrower_window_leaves_the_residuals_of_other_units(state, tmp_path):
+    made = state(config=by("top_k", tmp_path))
+    hosting.host(made, Report(), assignment(made, 3))
+    before = kept(made, 0, 2, 3)
+    hosting.host(made, Report(), assignment(made, 1, round=2))
+    after, narrow = kept(made, 0, 3, 3), {t.name for unit in made.table.suffix(1).units for t in made.table[unit].tensors}
+    assert same({n: t for n, t in after.items() if n not in narrow}, {n: t for n, t in before.items() if n not in narrow})
+    assert not any(torch.equal(after[name], before[name]) for name in narrow if before[name].any())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("codec", ["int4", "top_k"])
+def test_in_a_process_of_its_own_the_client_sends_and_keeps_the_same(state, tmp_path, codec):
+    try:
+        cap = open_cgroup(1)
+    except CapError as error:
+        pytest.skip(str(error))
+    found = []
+    torch.set_num_threads(1)  # as there: sums round alike
+    for one, folder in ((Report(), "a"), (cap, "b")):
+        made = state(config=by(codec, tmp_path / folder))
+        results = [hosting.host(made, one, assignment(made, 2, round=round, memory_bytes=10**8)) for round in (1, 2)]
+        assert all(report.ok for _, report in results), [report.reason for _, report in results]
+        found.append([block.tobytes() for blocks, _ in results for block in blocks])
+        found[-1] += [tensor.numpy().tobytes() for tensor in kept(made, 0, 3).values()] if codec == "top_k" else []
+    assert found[0] == found[1]
 
 
 def failed(state, blocks, report, cause: str) -> None:

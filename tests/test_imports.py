@@ -16,12 +16,14 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 ORDER = """
     errors signals seeds files allocator settings config launching run_folder links
     model units shards corpora partition family huggingface optimizers replica
-    frozen recipes messages costs fleet planner
+    frozen recipes messages
+    transport.base transport.local transport.mpi transport.torch_dist
+    codecs.base codecs.bf16 codecs.int8 codecs.*
+    encoding updates residuals
+    costs fleet planner
     caps.base caps.process caps.rlimit caps.cgroup caps.cuda caps.choice
     steps features training
     methods.base methods.*
-    transport.base transport.local transport.mpi transport.torch_dist
-    codecs.base codecs.*
     aggregation server_optimizer checkpoints
     hosting exchange calibration
     rounds

@@ -29,7 +29,7 @@ def cost_of(costs: Costs, client: Client, blocks: int) -> Cost:
     window, spec, tokens = costs.table.suffix(blocks), costs.spec, costs.batch * costs.spec.context
     state = costs.state_tensors * costs.table.window_bytes(window)
     kept, residual = 4 * tokens * costs.kept_per_token() * blocks, 4 * tokens * (spec.width + spec.feedforward)
-    peak = Peak(costs.table.bytes, state, 0, kept, residual, 0, {})
+    peak = Peak(costs.table.bytes, state, 0, 0, kept, residual, 0, {})
     return replace(cost_by(costs, client, blocks, Recipe(costs.batch)), peak=peak)
 
 
@@ -121,7 +121,7 @@ def test_a_budget_that_is_met_to_the_byte_fits():
 
 
 def made_up(name: int, peak_bytes: int, upload_bytes: int = 0, flops: int = 0) -> Cost:
-    return Cost(Peak(peak_bytes, 0, 0, 0, 0, 0, {}), upload_bytes, flops, Recipe(name))
+    return Cost(Peak(peak_bytes, 0, 0, 0, 0, 0, 0, {}), upload_bytes, flops, Recipe(name))
 
 
 def test_of_a_windows_costs_the_first_that_fits_is_taken_else_the_leanest():

@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distfl import cli, settings
-from distfl.config import FleetConfig, GroupConfig, RunConfig, TrainConfig, TrainingConfig
+from distfl.config import FleetConfig, GroupConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
 from distfl.errors import CheckpointError
-from distfl.run_folder import RunFolder
+from distfl.run_folder import RESIDUALS, RunFolder
 
 HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
 
@@ -60,6 +61,27 @@ def test_nothing_is_left_of_a_run_that_was_refused_after_claiming(tmp_path):
     with pytest.raises(ZeroDivisionError), folder.claimed(resume=False):
         raise ZeroDivisionError
     assert not folder.path.exists()
+
+
+def test_a_refused_run_leaves_no_folder_for_residuals_and_a_finished_one_neither(tmp_path, begun):
+    folder = run_folder(tmp_path / "refused")
+    with pytest.raises(ZeroDivisionError), folder.claimed(resume=False):
+        (folder.path / RESIDUALS).mkdir()
+        raise ZeroDivisionError
+    assert not folder.path.exists()
+    (begun.path / RESIDUALS).mkdir()
+    begun.finish()
+    assert not (begun.path / RESIDUALS).exists() and (begun.path / "finished").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"codec": "int8"}, {"codec": "top_k", "codec_options": {"density": 0.2}}, {"deltas": "on"}, {"error_feedback": "off"}]
+)
+def test_a_run_goes_on_only_with_the_codec_it_began_with(begun, changes):
+    begun.check(resume=True)
+    RunFolder(replace(begun.config, transport=TransportConfig(name="local"))).check(resume=True)
+    with pytest.raises(CheckpointError, match=f"transport.{next(iter(changes))}"):
+        RunFolder(replace(begun.config, transport=TransportConfig(**changes))).check(resume=True)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distfl.codecs.base import Codec
 from distfl.transport.base import WORD
@@ -14,11 +15,19 @@ from distfl.transport.base import WORD
 class Exact(Codec):
     """Four bytes a value, nothing lost."""
 
-    def encode(self, values: torch.Tensor, draws: np.random.Generator) -> tuple[Any, np.ndarray]:
-        return None, values.contiguous().numpy().reshape(-1).view(WORD)
+    lossless, biased = True, False
 
-    def decode(self, header: Any, words: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    def encoded_words(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)
+
+    def encode(self, values: Tensor, draws: np.random.Generator) -> np.ndarray:
+        return values.contiguous().numpy().reshape(-1).view(WORD)  # no copy
+
+    def decode(self, words: np.ndarray, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(words.view(np.float32).reshape(shape))
+
+    def working_bytes(self, shape: tuple[int, ...]) -> int:
+        return 0
 
 
 CODEC = Exact

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from distfl.config import LeversConfig, TrainConfig, TrainingConfig
 from distfl.costs import Cost, Costs
+from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
 from distfl.messages import Assignment, Piece
@@ -107,8 +108,8 @@ class Method(ABC):
         return Cost(costs.peak(window, recipe), upload, costs.flops(window, tokens, recipe), recipe)
 
     def upload_bytes(self, client: Client, window: Any, workload: Workload) -> int:
-        """Payload of the update, without message headers."""
-        return workload.costs.table.window_bytes(window)
+        """Payload of the update as it is encoded, without block headers."""
+        return workload.costs.upload_bytes(window)
 
     def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
         """Leading units that none of these clients trains in any round; their outputs can be kept. Default: none is known."""
@@ -198,7 +199,14 @@ def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -
 def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
     """The cost formulas of one depth; every rank builds the same."""
     margin = round(config.memory.margin_mb * MEGA)
-    return Costs(table_of(method, spec), config.training.batch, state_tensors(config.training), margin, config.levers.frozen_precision)
+    return Costs(
+        table_of(method, spec),
+        config.training.batch,
+        state_tensors(config.training),
+        margin,
+        config.levers.frozen_precision,
+        encoding_of(config.transport),
+    )
 
 
 def table_of(method: Method, spec: ModelSpec) -> UnitTable:

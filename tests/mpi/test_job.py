@@ -146,6 +146,45 @@ def test_resume_after_kill_9_of_the_whole_job_gives_the_same_bits(distfl, config
     assert len(json.loads("[" + ",".join((broken / "rounds.jsonl").read_text().splitlines()) + "]")) == 7
 
 
+def test_with_error_feedback_resume_after_kill_9_and_any_ranks_give_the_same_bits(distfl, config, tmp_path):
+    whole, broken, wide = tmp_path / "whole", tmp_path / "broken", tmp_path / "wide"
+    common = (
+        "rounds=6",
+        "transport.codec=top_k",
+        "transport.codec_options.density=0.05",
+        "fleet.participants=6",
+        "run.checkpoint_every=2",
+        "memory.margin_mb=1.5",
+        "fleet.groups.0.memory_mb=16",
+    )
+    assert distfl("train", config, *common, f"run.folder={whole}").returncode == 0
+    done = distfl("train", config, *common, f"run.folder={wide}", ranks=4)
+    assert done.returncode == 0, done.stderr
+    process = distfl.start("train", config, *common, f"run.folder={broken}", ranks=3)
+    distfl.wait_for_round(broken, 4, process)
+    distfl.kill(process)
+    process.communicate(timeout=30)
+    assert not (broken / "finished").exists() and list((broken / "residuals").glob("client-*/unit-*"))
+    done = distfl("train", config, *common, f"run.folder={broken}", "--resume", ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert distfl.model(broken) == distfl.model(whole) == distfl.model(wide)
+    assert all(report["ok"] for report in distfl.reports(broken))
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_by_every_codec_any_ranks_give_the_same_bits_within_the_planned_bytes(distfl, config, tmp_path, codec):
+    models = set()
+    for ranks in (None, 4):
+        run = tmp_path / f"run-{ranks}"
+        done = distfl("train", config, f"transport.codec={codec}", f"run.folder={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        models.add(distfl.model(run))
+        for report in distfl.reports(run):
+            assert report["ok"] and report["measured_peak_bytes"] <= report["predicted_peak_bytes"]
+            assert 0 < report["upload_bytes"] - report["predicted_upload_bytes"] < 250 * (report["blocks"] + 1)
+    assert len(models) == 1
+
+
 def test_sigusr1_checkpoints_and_leaves_with_the_requeue_code(distfl, config, tmp_path):
     run = tmp_path / "run"
     process = distfl.start("train", config, "rounds=14", ranks=3)
@@ -201,6 +240,9 @@ BAD = {
     "missing family": (["model.family=/nowhere"], "/nowhere"),
     "more groups than clients": (["data.clients=1"], "groups"),
     "unknown method": (["method.name=caf"], "caff"),
+    "unknown codec": (["transport.codec=int9"], "int8"),
+    "unknown option of a codec": (["transport.codec=top_k", "transport.codec_options.densty=0.1"], "did you mean 'density'"),
+    "top_k of whole weights": (["transport.codec=top_k", "transport.deltas=off"], "set transport.deltas"),
     "more participants than clients": (["fleet.participants=50"], "participants"),
 }
 

@@ -152,11 +152,11 @@ class Audit:
         sums = "sums along trees, " if self.sent["sums"] else ""
         return {
             "into the server": "gathers and means: straight from every rank",
-            "out of the server": f"scatters straight to every rank, broadcasts to {len(self._first_hops())} of {self.ranks - 1} ranks",
+            "out of the server": f"scatters straight to every rank, broadcasts to {len(self.first_hops())} of {self.ranks - 1} ranks",
             "among clients": sums + "broadcasts handed on",
         }[kind]
 
-    def _first_hops(self) -> set[int]:
+    def first_hops(self) -> set[int]:
         """Ranks that the server itself sends broadcasts to."""
         nothing_else = [{"direct": {}, "broadcast_bytes": 1}, *[{"direct": {}, "broadcast_bytes": 0}] * (self.ranks - 1)]
         return {destination for source, destination in ledger_links(nothing_else) if source == 0}

@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         return EXIT_BROKEN_PIPE
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Overrides may stand anywhere among the options."""
     parser = _parser()
@@ -84,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     command("report", _report, "make table and picture of a run again").add_argument("folder", type=Path, help="run folder")
     audited = command("audit", _audit, "train under Open MPI's monitoring and explain every byte on every link", config=True)
     audited.add_argument("--ranks", type=int, metavar="N", help="start N ranks; not needed where CONFIG is the folder of an audited run")
+    scale = command(
+        "scale", _scale, "a scaling study: the same config on several numbers of ranks, audited, table and picture", config=True
+    )
+    scale.add_argument(
+        "--ranks",
+        type=_numbers,
+        required=True,
+        metavar="N,N,...",
+        help="numbers of ranks; {ranks} and {clients} stand for N and N - 1 in overrides",
+    )
+    scale.add_argument("--collectives", default="gather,reduce", help="which to compare (gather,reduce)")
+    scale.add_argument(
+        "--output", type=Path, default=Path("runs/scaling"), help="folder of the runs, which are kept, and of table and picture"
+    )
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
@@ -206,18 +224,37 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _audit(options: argparse.Namespace, arguments: list[str]) -> int:
-    from distfl.audit import audit, links_prefix
-    from distfl.links import monitoring_flags
+    from distfl.audit import audit
 
     if (Path(options.config) / "manifest.json").is_file():
         return audit(Path(options.config))
-    overrides = [*options.overrides, "run.keep_ledgers=true", "transport.name=mpi"]
-    config = settings.load(TrainConfig, options.config, overrides)
     _check_ranks(options.ranks)
-    folder = RunFolder(config)
+    folder, code = _run_audited(options.config, options.overrides, options.ranks)
+    return code or audit(folder)
+
+
+def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:
+    """A run under monitoring; its folder and exit code."""
+    from distfl.audit import links_prefix
+    from distfl.links import monitoring_flags
+
+    overrides = [*overrides, "run.keep_ledgers=true", "transport.name=mpi"]
+    folder = RunFolder(settings.load(TrainConfig, config, overrides))
     folder.check(resume=False)
-    code = launching.run_ranks(options.ranks, ["train", options.config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
-    return code or audit(folder.path)
+    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
+
+
+def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
+    from distfl import scaling
+
+    def start(ranks: int, collective: str, folder: Path) -> int:
+        own = [word.replace("{ranks}", str(ranks)).replace("{clients}", str(ranks - 1)) for word in options.overrides]
+        return _run_audited(options.config, [*own, f"transport.collective={collective}", f"run.folder={folder}"], ranks)[1]
+
+    points = scaling.study(options.ranks, options.collectives.split(","), options.output, start, launching.say)
+    picture = scaling.write(points, options.output)
+    print(f"{scaling.text(points)}\npicture: {picture}")
+    return 1 if any(point.unexplained_bytes for point in points) else 0
 
 
 def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:

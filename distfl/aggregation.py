@@ -27,7 +27,6 @@ class UnitMean:
 
     def __init__(self, unit: Unit):
         self.unit = unit
-        self.contributors = 0
         self._shapes = {tensor.name: tensor.shape for tensor in unit.tensors}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
@@ -37,7 +36,6 @@ class UnitMean:
 
     def add(self, pieces: list[Piece]) -> None:
         """Add one client's pieces of this unit."""
-        self.contributors += bool(pieces)
         for piece in pieces:
             shape = self._shapes[piece.name]
             total = self._sums.setdefault(piece.name, torch.zeros(shape, dtype=self.dtype))
@@ -87,11 +85,6 @@ class UnitMean:
         if weight.ndim == 0:
             return ((total / weight).float() if weight > 0 else old.clone()), share
         return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(torch.float64).tiny), old.double()).float(), share
-
-    def clear(self) -> None:
-        """Let go of the sums; the number of contributors stays."""
-        self._sums.clear()
-        self._weights.clear()
 
     # --- partial sums of several ranks
 

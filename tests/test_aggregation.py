@@ -59,17 +59,6 @@ def test_nobody_sent_it_so_it_stays():
     assert not torch.equal(mean, old)  # a copy
 
 
-def test_contributors_are_clients_that_sent_anything():
-    unit_mean = UnitMean(UNIT)
-    unit_mean.add([whole(torch.ones(3, 4)), whole([1.0, 1.0], name="b")])
-    unit_mean.add([])
-    unit_mean.add([part([0], [1.0])])
-    assert unit_mean.contributors == 2
-    unit_mean.clear()
-    assert unit_mean.contributors == 2
-    assert torch.equal(unit_mean.mean("a", torch.zeros(3, 4), 1.0)[0], torch.zeros(3, 4))
-
-
 finite = st.floats(-1e6, 1e6, width=32)
 weight = st.integers(1, 50).map(float) | st.floats(1e-3, 1e3)
 

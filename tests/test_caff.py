@@ -52,7 +52,7 @@ def merge(method, old: dict, updates: list[tuple[Assignment, dict]]) -> dict:
         mean = UnitMean(unit)
         for assignment, tensors in updates:
             mean.add(method.restore(method.collect(tensors, assignment, unit), assignment))
-        for tensor in unit.tensors if mean.contributors else ():
+        for tensor in unit.tensors:
             new[tensor.name] = method.finish(unit, old[tensor.name], *mean.mean(tensor.name, old[tensor.name], total))
     return new
 

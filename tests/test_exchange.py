@@ -1,0 +1,190 @@
+"""Updates from client ranks to the server: gather and reduce against each other, on any number of ranks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import on_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distfl import exchange
+from distfl.aggregation import LARGEST_FIXED
+from distfl.errors import NotFinite
+from distfl.exchange import Gather, Reduce, choose, order_in_tree, tree
+from distfl.fleet import waves_of
+from distfl.hosting import NOTHING
+from distfl.messages import Assignment, Piece
+from distfl.recipes import Recipe
+from distfl.transport.base import WORD
+from distfl.units import TensorSpec, Unit, Window
+
+TABLE = [
+    Unit(0, "embedding", (TensorSpec("e", (2, 2), 0),)),
+    Unit(1, "block.0", (TensorSpec("a", (3, 4), 0), TensorSpec("b", (2,), 12))),
+    Unit(2, "head", (TensorSpec("h", (5,), 0),)),
+]
+OLD = {"e": torch.full((2, 2), 0.1), "a": torch.arange(12.0).view(3, 4), "b": torch.tensor([0.3, -0.7]), "h": torch.zeros(5)}
+
+
+@pytest.fixture(autouse=True)
+def decoding(monkeypatch):
+    """A block is the client's number; what it sent of a unit stands in the state."""
+    monkeypatch.setattr(exchange, "decode_update", lambda state, block, assignment, unit: state.sent[int(block[0])][unit.index])
+
+
+def order(client: int, weight: float) -> Assignment:
+    return Assignment(1, client, Window(1, 3), weight, 10**6, 0, 60, 0, Recipe(1), 1e-3)
+
+
+def run(kind, sums: str, ranks: int, weights: list[float], sent: list[dict[int, list[Piece]]]) -> dict[str, tuple]:
+    """One round on server and ``ranks`` client ranks. Returns tensor's name -> (mean, share) of what the server got."""
+    waves = waves_of(len(sent), ranks)
+
+    def rank(transport):
+        state = SimpleNamespace(
+            transport=transport,
+            table=TABLE,
+            sent=sent,
+            method=SimpleNamespace(restore=lambda pieces, assignment: pieces),
+            config=SimpleNamespace(transport=SimpleNamespace(sums=sums)),
+            replica=SimpleNamespace(tensors=OLD),
+        )
+        mine, found = kind(state, sum(weights)), {}
+        for number, wave in enumerate(waves):
+            if transport.rank == 0:
+                messages = transport.gather(None, "reports")[1 : 1 + len(wave)]
+                hosted = [order(client, weights[client]) for client in wave]
+                by_element = {unit for _, units in messages for unit in units}
+                for unit, mean_of in mine.take(hosted, [words for words, _ in messages], by_element, number == len(waves) - 1):
+                    found |= {
+                        tensor.name: tuple(part.clone() for part in mean_of(tensor.name, OLD[tensor.name])) for tensor in unit.tensors
+                    }
+                continue
+            blocks = [NOTHING] * len(TABLE)
+            if transport.rank <= len(wave):
+                client = wave[transport.rank - 1]
+                blocks = [np.full(2, client, WORD) if sent[client].get(unit.index) else NOTHING for unit in TABLE]
+                mine.keep(order(client, weights[client]), blocks)
+            transport.gather([[len(block) for block in blocks], mine.by_element()], "reports")
+            mine.give(blocks)
+        if transport.rank:
+            mine.close()
+        return found
+
+    return on_ranks(ranks + 1, rank)[0]
+
+
+value = st.floats(-100, 100, width=32)
+
+
+@st.composite
+def update(draw, weight: float) -> dict[int, list[Piece]]:
+    """What one client sends: whole units from some unit on, now and then only some rows of a tensor, or nothing at all."""
+
+    def values(*shape: int) -> torch.Tensor:
+        count = int(np.prod(shape))
+        return torch.tensor(draw(st.lists(value, min_size=count, max_size=count)), dtype=torch.float32).view(shape)
+
+    pieces: dict[int, list[Piece]] = {}
+    for unit in TABLE[draw(st.integers(0, 3)) :]:
+        pieces[unit.index] = [Piece(unit.index, t.name, None, values(*t.shape), weight) for t in unit.tensors]
+        if unit.index == 1 and draw(st.booleans()):
+            pieces[1][0] = Piece(1, "a", (np.array([0, 2]), np.array([1, 3])), values(2, 2), weight)
+    return pieces
+
+
+@st.composite
+def rounds(draw) -> tuple[list[float], list[dict[int, list[Piece]]]]:
+    weights = draw(st.lists(st.integers(1, 40).map(float), min_size=1, max_size=7))
+    return weights, [draw(update(weight)) for weight in weights]
+
+
+@given(rounds(), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_fixed_sums_are_the_same_bits_on_any_number_of_ranks_and_close_to_those_in_client_order(drawn, ranks, others):
+    weights, sent = drawn
+    gathered = run(Gather, "fixed", ranks, weights, sent)
+    reduced, elsewhere = (run(Reduce, "fixed", number, weights, sent) for number in (ranks, others))
+    assert reduced.keys() == elsewhere.keys() == gathered.keys()
+    for name, (mean, share) in reduced.items():
+        assert torch.equal(mean, elsewhere[name][0]) and torch.equal(share, elsewhere[name][1])
+        np.testing.assert_allclose(mean, gathered[name][0], rtol=1e-7, atol=1e-11)
+        np.testing.assert_allclose(share, gathered[name][1].expand_as(share), rtol=1e-6)
+
+
+@given(rounds(), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_gathered_means_are_the_same_bits_on_any_number_of_ranks(drawn, ranks, others):
+    here, there = (run(Gather, "fixed", number, *drawn) for number in (ranks, others))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name][0], there[name][0]) and torch.equal(here[name][1], there[name][1]) for name in here)
+
+
+@given(rounds(), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_float_sums_are_close(drawn, ranks):
+    gathered, reduced = (run(kind, "float", ranks, *drawn) for kind in (Gather, Reduce))
+    for name, (mean, share) in reduced.items():
+        np.testing.assert_allclose(mean, gathered[name][0], rtol=1e-4, atol=2e-3)  # 7 values of up to 100, cancelled
+        np.testing.assert_allclose(share, gathered[name][1].expand_as(share), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Gather, Reduce])
+def test_units_that_nobody_trained_do_not_come(kind):
+    sent = [{}, {2: [Piece(2, "h", None, torch.arange(5.0), 3.0)]}, {}]
+    found = run(kind, "fixed", 2, [1.0, 3.0, 4.0], sent)
+    assert found.keys() == {"h"}
+    assert found["h"][0].tolist() == [0, 1, 2, 3, 4] and float(found["h"][1]) == 3 / 8
+    assert run(kind, "fixed", 2, [1.0], [{}]) == {}
+
+
+@pytest.mark.parametrize("kind", [Gather, Reduce])
+def test_equal_updates_merge_to_that_update(kind):
+    values = torch.tensor([1e-3, -0.1, 3.25, 1e2, 7.0])
+    sent = [{2: [Piece(2, "h", None, values, weight)]} for weight in (1.0, 3.0, 7.0)]
+    assert torch.equal(run(kind, "fixed", 2, [1.0, 3.0, 7.0], sent)["h"][0], values)
+
+
+def test_a_value_too_large_for_fixed_point_is_refused_with_nothing_kept():
+    state = SimpleNamespace(
+        table=TABLE,
+        sent=[{1: [Piece(1, "b", None, torch.ones(2), 1.0)], 2: [Piece(2, "h", None, torch.full((5,), -LARGEST_FIXED), 1.0)]}],
+        method=SimpleNamespace(restore=lambda pieces, assignment: pieces),
+        config=SimpleNamespace(transport=SimpleNamespace(sums="fixed")),
+    )
+    mine = Reduce(state, 1.0)
+    with pytest.raises(NotFinite, match="fixed point"):
+        mine.keep(order(0, 1.0), [NOTHING, np.zeros(1, WORD), np.zeros(1, WORD)])
+    assert mine._means == {}
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=64, unique=True).map(sorted), st.integers(0, 30))
+def test_the_tree_has_one_root_and_is_no_higher_than_it_must_be(ranks, unit):
+    parents = {rank: tree(ranks, rank, unit)[0] for rank in ranks}
+    root = order_in_tree(ranks, unit)[0]
+    assert [rank for rank, parent in parents.items() if parent == 0] == [root]
+    for rank in ranks:
+        children = tree(ranks, rank, unit)[1]
+        assert sorted(children) == sorted(other for other, parent in parents.items() if parent == rank)
+        height, at = 0, rank
+        while at != root:
+            at, height = parents[at], height + 1
+        assert height <= (len(ranks) - 1).bit_length()
+
+
+def test_every_unit_has_another_root():
+    assert [order_in_tree([2, 5, 9], unit)[0] for unit in range(4)] == [2, 5, 9, 2]
+
+
+def test_auto_takes_what_moves_less_and_says_why():
+    def planned(clients: int, bytes_: int) -> list[Assignment]:
+        return [Assignment(1, client, Window(1, 3), 1.0, 1, 0, bytes_, 0, Recipe(1), 1e-3) for client in range(clients)]
+
+    trained = TABLE[1].bytes + TABLE[2].bytes  # 76
+    assert choose(planned(2, trained), TABLE, False)[0] == "gather"
+    collective, reason = choose(planned(3, trained), TABLE, False)
+    assert collective == "reduce" and "gather" in reason and "reduce" in reason
+    assert choose(planned(7, trained // 4), TABLE, False)[0] == "gather"  # a codec that writes a quarter
+    assert choose(planned(63, trained), TABLE, True) == ("gather", "the method looks at every single update")

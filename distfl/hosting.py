@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,13 @@ def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shard
     return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), residuals)
 
 
-def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list[np.ndarray], ClientReport]:
+def host(
+    state: RankState, cap: MemoryCap, assignment: Assignment, keep: Callable[[Assignment, list[np.ndarray]], object] = lambda *_: None
+) -> tuple[list[np.ndarray], ClientReport]:
     """One client's round under its cap.
+
+    Args:
+        keep: takes in the update before it is reported, outside of the cap; raises NotFinite where it cannot.
 
     Returns:
         A block for each unit, empty for those it does not send, and its report. Running into the cap or into
@@ -86,6 +91,11 @@ def host(state: RankState, cap: MemoryCap, assignment: Assignment) -> tuple[list
     failure = outcome.facts["failure"] and Failure(**outcome.facts["failure"])
     if failure is None and measured.peak_bytes > assignment.memory_bytes:
         failure = over_cap(assignment, f"with a peak of {measured.peak_bytes}")
+    if failure is None:
+        try:
+            keep(assignment, outcome.blocks)
+        except NotFinite as error:
+            failure = Failure("not_finite", error.found)
     blocks = [NOTHING] * len(state.table) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
         state.residuals.save(assignment.client, assignment.round, residuals)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from distfl import settings
@@ -29,7 +29,7 @@ from distfl.caps.choice import make_cap
 from distfl.caps.process import Peak
 from distfl.checkpoints import ServerState
 from distfl.config import TrainConfig
-from distfl.errors import DistflError, NotFinite, StartError
+from distfl.errors import DistflError, StartError
 from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
@@ -339,12 +339,7 @@ def _work_round(state: RankState, cap: MemoryCap) -> None:
 
 def _host(state: RankState, cap: MemoryCap, exchange: Exchange, assignment: Assignment) -> None:
     """One client's round under its cap, then its report and its update."""
-    blocks, report = host(state, cap, assignment)
-    try:
-        exchange.keep(assignment, blocks)
-    except NotFinite as error:
-        blocks = [NOTHING] * len(blocks)
-        report = replace(report, ok=False, cause="not_finite", reason=error.found, upload_bytes=0)
+    blocks, report = host(state, cap, assignment, exchange.keep)
     words = [len(block) for block in blocks]
     state.transport.gather({"report": asdict(report), "words": words, "by_element": exchange.by_element()}, "reports")
     exchange.give(blocks)

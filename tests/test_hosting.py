@@ -13,7 +13,7 @@ from distfl.caps.base import Measured, MemoryCap
 from distfl.caps.cgroup import open_cgroup
 from distfl.caps.rlimit import Report
 from distfl.config import FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
-from distfl.errors import CapError
+from distfl.errors import CapError, NotFinite
 from distfl.features import FeatureFile
 from distfl.messages import Assignment, Piece
 from distfl.methods.caff import Caff, Options
@@ -115,6 +115,18 @@ def test_only_the_window_changes_and_only_it_is_sent(state, method, mapped):
         mean.add([piece for piece in pieces.values() if piece.unit == 3])
         value, share = mean.mean("blocks.2.gate", before["blocks.2.gate"], 3.0)
         assert torch.equal(value, values["blocks.2.gate"]) and float(share) == 1.0
+
+
+def test_an_update_that_cannot_be_kept_is_left_out(state):
+    made = state()
+
+    def keep(assignment, blocks):
+        assert any(map(len, blocks))
+        raise NotFinite("a sum", "too large", "lower the learning rate")
+
+    blocks, report = hosting.host(made, Report(), assignment(made, 1), keep)
+    assert not any(map(len, blocks))
+    assert (report.ok, report.cause, report.reason, report.upload_bytes) == (False, "not_finite", "too large", 0)
 
 
 def test_the_report_says_what_was_planned_and_done(state):

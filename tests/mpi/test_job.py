@@ -24,6 +24,17 @@ def test_local_and_2_4_and_9_ranks_give_the_same_model_bit_for_bit(distfl, confi
     assert len(scores) == 1  # evaluation is spread over the ranks and still sums in client order
 
 
+def test_fixed_sums_give_the_same_model_bit_for_bit_on_any_ranks(distfl, config, tmp_path):
+    models = {}
+    for sums, ranks in (("fixed", None), ("fixed", 2), ("fixed", 4), ("fixed", 9), ("float", 4)):
+        run = tmp_path / f"{sums}-{ranks}"
+        done = distfl("train", config, "transport.collective=reduce", f"transport.sums={sums}", f"run.folder={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        models.setdefault(sums, set()).add(distfl.model(run))
+    assert len(models["fixed"]) == 1
+    assert models["float"] != models["fixed"]
+
+
 def test_levers_and_kept_features_give_the_same_model_bit_for_bit_on_any_ranks(distfl, config, tmp_path):
     # Two and three blocks of four, where not even one would fit by plain steps; nobody ever trains block 0.
     # 10 steps of 16 rows pass a client's rows again and again, and round 2 those of round 1.

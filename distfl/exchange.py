@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,17 +94,11 @@ class Gather(Exchange):
         """All is with the server already."""
 
     def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
-        under_way: deque[Pending] = deque()
-        table = self.state.table
-        for unit in range(len(table) + 1):
-            if unit < len(table):
-                under_way.append(self._start(unit, words))
-            if len(under_way) == UNITS_UNDER_WAY or unit == len(table):
-                arrived = table[unit + 1 - UNITS_UNDER_WAY]
-                self._add(arrived, hosted, under_way.popleft().wait()[1:], under_way)
-                if last and arrived.index in self._means:
-                    mean = self._means.pop(arrived.index)
-                    yield arrived, lambda name, old, mean=mean: mean.mean(name, old, self.round_weight)
+        for unit, blocks, next_ones in _pipelined(self.state.table, lambda unit: self._start(unit.index, words)):
+            self._add(unit, hosted, blocks[1:], next_ones)
+            if last and unit.index in self._means:
+                mean = self._means.pop(unit.index)
+                yield unit, lambda name, old, mean=mean: mean.mean(name, old, self.round_weight)
 
     def _start(self, unit: int, words: list[list[int]]) -> Pending:
         idle = self.state.transport.size - 1 - len(words)
@@ -187,19 +181,31 @@ class Reduce(Exchange):
             return
         layout = self.layout
         self.state.transport.broadcast_value(layout, "layout")
-        under_way: deque[Pending] = deque()
-        for number in range(len(layout) + UNITS_UNDER_WAY - 1):
-            if number < len(layout):
-                under_way.append(self._start(*layout[number]))
-            if number >= UNITS_UNDER_WAY - 1:
-                unit, _, of_elements = layout[number + 1 - UNITS_UNDER_WAY]
-                yield self.state.table[unit], _message_reader(self.state.table[unit], under_way.popleft().wait(), of_elements)
+        for (unit, _, of_elements), message, _ in _pipelined(layout, lambda entry: self._start(*entry)):
+            yield self.state.table[unit], _message_reader(self.state.table[unit], message, of_elements)
 
     def _start(self, unit: int, ranks: list[int], by_element: bool) -> Pending:
         tensors = self.state.table[unit].tensors
         elements = self.state.table[unit].bytes // VALUE_BYTES
         message = np.empty(elements * 2 if by_element else elements + len(tensors), np.float32)
         return self.state.transport.start_receive(message, order_in_tree(ranks, unit)[0], "means")
+
+
+def _pipelined(items: Iterable[Any], start: Callable[[Any], Pending]) -> Iterator[tuple[Any, Any, list[Pending]]]:
+    """Start a transfer for each item, in order, ``UNITS_UNDER_WAY`` at a time.
+
+    Yields:
+        The item, what its transfer brought, and the transfers under way meanwhile.
+    """
+    under_way: deque[tuple[Any, Pending]] = deque()
+    for item in items:
+        under_way.append((item, start(item)))
+        if len(under_way) == UNITS_UNDER_WAY:
+            first, pending = under_way.popleft()
+            yield first, pending.wait(), [other for _, other in under_way]
+    while under_way:
+        first, pending = under_way.popleft()
+        yield first, pending.wait(), [other for _, other in under_way]
 
 
 def pieces_of(state: RankState, assignment: Assignment, unit: Unit, block: np.ndarray) -> list[Any]:

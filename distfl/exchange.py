@@ -96,6 +96,7 @@ class Gather(Exchange):
     def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
         for unit, blocks, next_ones in _pipelined(self.state.table, lambda unit: self._start(unit.index, words)):
             self._add(unit, hosted, blocks[1:], next_ones)
+            del blocks  # before the next but one is started
             if last and unit.index in self._means:
                 mean = self._means.pop(unit.index)
                 yield unit, lambda name, old, mean=mean: mean.mean(name, old, self.round_weight)
@@ -198,14 +199,17 @@ def _pipelined(items: Iterable[Any], start: Callable[[Any], Pending]) -> Iterato
         The item, what its transfer brought, and the transfers under way meanwhile.
     """
     under_way: deque[tuple[Any, Pending]] = deque()
+
+    def first() -> tuple[Any, Any, list[Pending]]:  # a frame of its own: no name here may hold on to what has arrived
+        item, pending = under_way.popleft()
+        return item, pending.wait(), [other for _, other in under_way]
+
     for item in items:
         under_way.append((item, start(item)))
         if len(under_way) == UNITS_UNDER_WAY:
-            first, pending = under_way.popleft()
-            yield first, pending.wait(), [other for _, other in under_way]
+            yield first()
     while under_way:
-        first, pending = under_way.popleft()
-        yield first, pending.wait(), [other for _, other in under_way]
+        yield first()
 
 
 def pieces_of(state: RankState, assignment: Assignment, unit: Unit, block: np.ndarray) -> list[Any]:

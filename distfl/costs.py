@@ -3,11 +3,12 @@
 Peak memory counts, above the process's baseline, what is alive at the fullest moment of a training
 step. N = tokens of a micro-batch (plain: of the batch); d, f, H, V as in ``model.py``; s = optimiser
 tensors per parameter. Elements kept by autograd per token of a trained block (eager PyTorch, fused
-attention, no dropout):
+attention, no dropout), its input included:
 
     8d + 2f + H + 4      LN1 in, LN1 out, q k v, attention out, LN2 in, LN2 out | fc1 out, GELU out | log-sum-exp, norm statistics
 
-A frozen prefix runs under no-grad and keeps nothing; a recomputed block keeps its input, d. The peak is
+This is ``WholeBlock``; a method that trains blocks in another way brings formulas of its own. A frozen prefix runs
+under no-grad and keeps nothing; a recomputed block keeps its input, d. The peak is
 the largest of the round's moments (``Peak.moments``): weights, optimiser state, residuals of error feedback,
 gradients where they add up, plus what that moment needs; the last moment is that of encoding the update. This
 is the account of CAFF (arXiv 2411.07826, weights + optimiser state + activations) with the moments it leaves
@@ -16,6 +17,7 @@ out and the levers of ``recipes.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,6 +72,30 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class WholeBlock:
+    """A block that trains with all its tensors, per token; subclasses train it in another way.
+
+    ``leading``: nothing below the block trains, so that no gradient of its input is needed.
+    """
+
+    def kept(self, spec: ModelSpec, leading: bool) -> int:
+        """Elements kept for backward, the block's input included."""
+        return 8 * spec.width + 2 * spec.feedforward + spec.heads + 4
+
+    def transient(self, spec: ModelSpec) -> int:
+        """Elements that its backward adds to the gradients of its output and of its GELU output."""
+        return 0
+
+    def forward_flops(self, spec: ModelSpec) -> int:
+        """8 d^2 + 4 d f + 4 T d (attention counted in full)."""
+        return 8 * spec.width**2 + 4 * spec.width * spec.feedforward + 4 * spec.context * spec.width
+
+    def backward_flops(self, spec: ModelSpec, leading: bool) -> int:
+        """Gradients of inputs and of matrices: twice the forward."""
+        return 2 * self.forward_flops(spec)
+
+
+@dataclass(frozen=True)
 class Costs:
     """The formulas for one model and one way of training.
 
@@ -80,6 +106,7 @@ class Costs:
         margin_bytes: added to every peak.
         frozen_precision: how matrices below the window are stored.
         encoding: how updates become bytes.
+        block: what a block in the window keeps and computes.
     """
 
     table: UnitTable
@@ -88,14 +115,11 @@ class Costs:
     margin_bytes: int = 0
     frozen_precision: Precision = "fp32"
     encoding: Encoding = Encoding()
+    block: WholeBlock = WholeBlock()
 
     @property
     def spec(self) -> ModelSpec:
         return self.table.spec
-
-    def kept_per_token(self) -> int:
-        """Elements that one trained block keeps for backward, per token."""
-        return 8 * self.spec.width + 2 * self.spec.feedforward + self.spec.heads + 4
 
     def weights(self, window: Window) -> int:
         """Bytes of all weights a client holds or maps."""
@@ -110,19 +134,17 @@ class Costs:
         """Peak of a client's round with this window (see the module docstring)."""
         return _peak(self, window, recipe)
 
-    def block_flops(self) -> int:
-        """Forward of one block, per token: 8 d^2 + 4 d f + 4 T d (attention counted in full)."""
-        width = self.spec.width
-        return 8 * width**2 + 4 * width * self.spec.feedforward + 4 * self.spec.context * width
-
     def prefix_flops(self, units: range) -> int:
         """Forward of frozen units, per token."""
-        return sum(1 <= unit <= self.spec.depth for unit in units) * self.block_flops()
+        return sum(1 <= unit <= self.spec.depth for unit in units) * self.block.forward_flops(self.spec)
 
     def window_flops(self, window: Window, recipe: Recipe) -> int:
-        """Of the window, per token: forward, twice that backward, recomputed blocks forward once more; the head alike."""
-        blocks = 3 * self.table.trained_blocks(window) + recipe.recomputed
-        return blocks * self.block_flops() + 6 * self.spec.width * self.spec.vocabulary
+        """Of the window, per token: forward and backward, recomputed blocks forward once more; the head's output layer
+        2 d V each for its output, its input's gradient and, where it trains, its matrix's."""
+        spec, trained = self.spec, self.table.trained_blocks(window)
+        blocks = (trained + recipe.recomputed) * self.block.forward_flops(spec)
+        blocks += sum(self.block.backward_flops(spec, leading=window.first > 0 and place == 0) for place in range(trained))
+        return blocks + (6 if self.table[spec.depth + 1].bytes else 4) * spec.width * spec.vocabulary
 
     def flops(self, window: Window, tokens: int, recipe: Recipe) -> int:
         """Training on ``tokens`` positions, every one of them through the prefix."""
@@ -136,20 +158,23 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     keeps, keeps_head = recipe.keeps_gradients(costs.batch), recipe.keeps_head_gradients(costs.batch, spec.context)
     tokens = micro_batch * spec.context
     values = VALUE_BYTES * tokens
-    trained, recomputed = table.trained_blocks(window), min(recipe.recomputed, table.trained_blocks(window))
+    blocks = [unit for unit in window.units if 1 <= unit <= spec.depth]
+    trained, recomputed = len(blocks), min(recipe.recomputed, len(blocks))
     all_gradients, head = table.window_bytes(window), table[spec.depth + 1].bytes
     optimizer = costs.state_tensors * all_gradients
     gradients = all_gradients if keeps else head if keeps_head else 0
     always = TOKEN_BYTES * costs.batch * spec.context  # the batch
     entry = values * spec.width
-    block = values * costs.kept_per_token()
-    kept = (trained - recomputed) * block + recomputed * entry
+    leading = window.first > 0
+    kept_by = [values * costs.block.kept(spec, leading and place == 0) for place in range(trained)]  # input to output
+    kept = recomputed * entry + sum(kept_by[recomputed:])
     chunk = recipe.chunk_of(tokens)
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
-    matrix = VALUE_BYTES * spec.width * spec.feedforward  # a weight's gradient on its way to where it adds up
-    head_matrix, widest = VALUE_BYTES * spec.width * spec.vocabulary, values * spec.feedforward
+    matrix = _largest(table, blocks)  # a weight's gradient on its way to where it adds up
+    head_matrix, widest = _largest(table, [spec.depth + 1]), values * spec.feedforward
     hole_at_head, hole_below = _holes(logits, head_matrix, widest)
-    residual = entry + widest  # gradients of a block's output and of its GELU output
+    residual = entry + widest + values * costs.block.transient(spec)  # gradients of a block's output and of its GELU output
+    norm = part if head else 0  # the output layer's input, for its matrix's gradient
     at_head = kept + entry * (1 + (chunk < tokens and trained > 0))
     backward = residual + matrix + hole_below
     # gradients made in backward, in the order in which they come
@@ -160,21 +185,23 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
         return 0 if keeps or recipe.fused_update else sum(coming[:units])
 
     one = VALUE_BYTES * spec.context
-    widened = 0 if costs.frozen_precision == "fp32" else matrix
+    widened = 0 if costs.frozen_precision == "fp32" else VALUE_BYTES * spec.width * spec.feedforward
     moments = {
         "prefix": entry * (window.first > 0) + (one * (3 * spec.width + 2 * spec.feedforward) + widened) * (window.first > 1),
-        "loss": at_head + part + 2 * logits,
+        "loss": at_head + norm + 2 * logits,
         "head backward": at_head + 2 * part + logits + hole_at_head + head_matrix,
         "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
     }
     if trained > recomputed:
         moments["first block backward"] = kept + backward + held(1)
-        lowest_kept = recomputed * entry + block
+        lowest_kept = recomputed * entry + kept_by[recomputed]
         moments["last kept block backward"] = lowest_kept + backward + held(trained - recomputed)
     if recomputed:
         first = trained - recomputed + 1
-        moments["first recomputation"] = (recomputed - 1) * entry + block + backward + held(first)
-        moments["last recomputation"] = block + backward + held(trained)
+        moments["first recomputation"] = (recomputed - 1) * entry + kept_by[recomputed - 1] + backward + held(first)
+        moments["last recomputation"] = kept_by[0] + backward + held(trained)
+    if window.first == 0:
+        moments["embedding backward"] = entry + table[0].bytes + held(trained + 1)
     # training is over, its message grows beside the weights
     moments["sending"] = costs.encoding.sending_bytes(table, window) - optimizer - gradients - always
     # every long-lived tensor that is mapped by itself takes a page more than its bytes
@@ -185,6 +212,11 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     fixed = weights + optimizer + residuals + gradients
     totals = {name: fixed + moment + always + costs.margin_bytes for name, moment in moments.items()}
     return Peak(weights, optimizer, residuals, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)
+
+
+def _largest(table: UnitTable, units: Iterable[int]) -> int:
+    """Bytes of the largest trained tensor of these units."""
+    return VALUE_BYTES * max((tensor.elements for unit in units for tensor in table[unit].tensors), default=0)
 
 
 def _holes(logits: int, head_matrix: int, widest: int) -> tuple[int, int]:

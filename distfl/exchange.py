@@ -94,7 +94,7 @@ class Gather(Exchange):
         """All is with the server already."""
 
     def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
-        for unit, blocks, next_ones in _pipelined(self.state.table, lambda unit: self._start(unit.index, words)):
+        for unit, blocks, next_ones in _pipelined(self.state.table.trainable, lambda unit: self._start(unit.index, words)):
             self._add(unit, hosted, blocks[1:], next_ones)
             del blocks  # before the next but one is started
             if last and unit.index in self._means:
@@ -129,7 +129,9 @@ class Reduce(Exchange):
         return [[unit, sorted(self._ranks[unit]), unit in self._by_element] for unit in sorted(self._ranks)]
 
     def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
-        sent = [(unit, pieces_of(self.state, assignment, unit, block)) for unit, block in zip(self.state.table, blocks) if len(block)]
+        sent = [
+            (unit, pieces_of(self.state, assignment, unit, block)) for unit, block in zip(self.state.table.trainable, blocks) if len(block)
+        ]
         means = [self._means.get(unit.index) or self._mean(unit) for unit, _ in sent]
         for mean, (_, pieces) in zip(means, sent):
             mean.check(pieces)

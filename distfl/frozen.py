@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distfl.model import Linear, TinyTransformer
@@ -23,12 +22,13 @@ _LARGEST = torch.iinfo(torch.int8).max
 
 
 class Narrow(nn.Module):
-    """A frozen linear layer whose matrix is stored in fewer bits."""
+    """A frozen linear layer whose matrix is stored in fewer bits; whatever else it holds stays as it is."""
 
-    def __init__(self, layer: nn.Linear, precision: Precision):
+    def __init__(self, layer: Linear, precision: Precision):
         super().__init__()
         weight = layer.weight.detach()
-        self.bias = layer.bias
+        layer.weight = None
+        self.layer = layer
         self.scale: Tensor | None = None
         if precision == "int8":
             self.scale = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / _LARGEST  # (out, 1)
@@ -40,7 +40,7 @@ class Narrow(nn.Module):
         weight = self.stored.to(x.dtype)
         if self.scale is not None:
             weight *= self.scale
-        return F.linear(x, weight, self.bias)
+        return self.layer.product(x, weight)
 
 
 def narrow(model: TinyTransformer, window: Window, precision: Precision) -> None:
@@ -70,5 +70,8 @@ def stored_bytes(table: UnitTable, window: Window, precision: Precision) -> int:
 
 def _matrices(table: UnitTable, window: Window):
     return [
-        tensor for unit in range(1, min(window.first, table.spec.depth + 1)) for tensor in table[unit].tensors if len(tensor.shape) == 2
+        tensor
+        for part in range(1, min(window.first, table.spec.depth + 1))
+        for tensor in table.tensors_of(part)
+        if len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     ]

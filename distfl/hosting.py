@@ -75,7 +75,7 @@ def host(
         keep: takes in the update before it is reported, outside of the cap; raises NotFinite where it cannot.
 
     Returns:
-        A block for each unit, empty for those it does not send, and its report. Running into the cap or into
+        A block for each unit that windows are made of, empty for those it does not send, and its report. Running into the cap or into
         numbers that are not finite is a result; any other error is raised.
     """
     began = time.monotonic()
@@ -89,14 +89,14 @@ def host(
     if outcome is None:
         outcome = _left_out(over_cap(assignment, measured.killed))
     failure = outcome.facts["failure"] and Failure(**outcome.facts["failure"])
-    if failure is None and measured.peak_bytes > assignment.memory_bytes:
+    if failure is None and measured.peak_bytes > assignment.memory_bytes and not state.method.ignores_budgets:
         failure = over_cap(assignment, f"with a peak of {measured.peak_bytes}")
     if failure is None:
         try:
             keep(assignment, outcome.blocks)
         except NotFinite as error:
             failure = Failure("not_finite", error.found)
-    blocks = [NOTHING] * len(state.table) if failure else outcome.blocks
+    blocks = [NOTHING] * len(state.table.trainable) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
         state.residuals.save(assignment.client, assignment.round, residuals)
     trained = Trained(**outcome.facts["trained"])
@@ -165,7 +165,7 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
         done = train(model, parameters, data, state.config.training, assignment, prefix, state.costs, state.config.seed)
     tensors = state.method.shared(model)
     blocks = []
-    for unit in state.table:
+    for unit in state.table.trainable:
         draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
         pieces = state.method.collect(tensors, assignment, unit)
         shared, kept = state.replica.tensors, residuals and residuals.tensors
@@ -211,7 +211,7 @@ def rehearse(state: RankState) -> None:
     training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
-    window = small.table.suffix(2)
+    window = small.method.window(small.table, 2)
     residuals = Residuals(small.table, window.units) if small.encoding.error_feedback else None
     _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {}, residuals)
 

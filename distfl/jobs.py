@@ -57,6 +57,12 @@ def prepare(config: TrainConfig) -> Job:
     """
     method = load_method(config.method.name, config.method.options)
     encoding_of(config.transport)  # refuses what it cannot be
+    if method.ignores_budgets and config.memory.enforce != "report":
+        raise ConfigError(
+            f"the method {config.method.name} beyond budgets with memory.enforce = {config.memory.enforce}",
+            "clients over their cap would be left out",
+            "set memory.enforce=report, which measures and enforces nothing",
+        )
     family = open_family(config.model.family, config.model.depths)
     depths = config.model.depths or family.depths
     shards = tokenised(config, family)

@@ -19,10 +19,7 @@ def _why_this_depth(job: Job) -> str:
     rows = [["depth", "average trained blocks", "clients without a window", ""]]
     for depth, average in chosen.averages.items():
         rows.append([str(depth), f"{average:.3f}", str(chosen.excluded[depth]), "<- chosen" if depth == chosen.depth else ""])
-    return (
-        f"{job.config.method.name}: depth {chosen.depth} lets {len(job.clients)} clients train most blocks on average "
-        f"(ties go to the deeper model)\n{table(rows)}"
-    )
+    return f"{job.config.method.name}: depth {chosen.depth} {chosen.reason}\n{table(rows)}"
 
 
 def _members(job: Job) -> dict[str, list[tuple[Client, Assignment]]]:

@@ -162,13 +162,13 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
     transport.broadcast_value({"waves": len(waves), "weight": weight})
     exchange, merging = make_exchange(state, weight), Peak()
-    reports, uploads, contributors = [], {}, dict.fromkeys((unit.name for unit in state.table), 0)
+    reports, uploads, contributors = [], {}, dict.fromkeys((unit.name for unit in state.table.trainable), 0)
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
         of_wave, words, by_element = _serve_wave(state, hosted)
         reports += of_wave
         for assignment, of_client in zip(hosted, words):
-            sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table, of_client) if length}
+            sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table.trainable, of_client) if length}
             for unit in sent:
                 contributors[unit] += 1
             if sent:
@@ -180,7 +180,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
             server.limits[assignment.client] = report.blocks - 1
-    for unit in state.table:
+    for unit in state.table.trainable:
         state.replica.versions[unit.index] += bool(contributors[unit.name])
     reports += [_sits_out(a) for a in planned if a.window is None]
     score = (None, {})
@@ -327,7 +327,7 @@ def _work_round(state: RankState, cap: MemoryCap) -> None:
         assignment = transport.scatter(None, "assignments")
         if assignment is None:
             transport.gather(None, "reports")
-            exchange.give([NOTHING] * len(state.table))
+            exchange.give([NOTHING] * len(state.table.trainable))
         else:
             _host(state, cap, exchange, Assignment.from_json(assignment))
     if order["waves"]:

@@ -1,12 +1,14 @@
 """Units and windows: which tensors belong together, how many bytes they are, what trains.
 
 A *unit* is the embedding (index 0), a block (1 .. L) or the head (L + 1). A *window* is a run of
-contiguous units that train.
+contiguous units that train. Where a method never trains some tensors of a part of the model, these lie
+in a unit of their own behind all others, which no window reaches: it is sent once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,25 +69,35 @@ class UnitTable:
     Args:
         spec: the model's shape.
         shapes: tensor name -> shape of what is shared, if that is not just the model's own tensors.
+        trains: whether clients may ever train the tensor of this name; by default any.
     """
 
-    def __init__(self, spec: ModelSpec, shapes: dict[str, tuple[int, ...]] | None = None):
+    def __init__(
+        self, spec: ModelSpec, shapes: dict[str, tuple[int, ...]] | None = None, trains: Callable[[str], bool] = lambda name: True
+    ):
         self.spec = spec
         if shapes is None:
             shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
-        by_unit: list[list[TensorSpec]] = [[] for _ in range(spec.depth + 2)]  # a unit may share nothing
+        parts: list[tuple[list, list]] = [([], []) for _ in range(spec.depth + 2)]  # trained and never trained; either may be empty
         for name, shape in shapes.items():
-            tensors = by_unit[self._unit_of(name)]
-            offset = tensors[-1].offset + tensors[-1].elements if tensors else 0
-            tensors.append(TensorSpec(name, shape, offset))
-        self.units = tuple(Unit(index, self._name(index), tuple(by_unit[index])) for index in range(len(by_unit)))
+            parts[self._part_of(name)][not trains(name)].append((name, shape))
+        self.trainable = tuple(Unit(part, self._name(part), _one_after_another(trained)) for part, (trained, _) in enumerate(parts))
+        self._frozen = {
+            part: Unit(len(parts) + place, f"{self._name(part)}.frozen", _one_after_another(parts[part][1]))
+            for place, part in enumerate(part for part, (_, never) in enumerate(parts) if never)
+        }
+        self.units = (*self.trainable, *self._frozen.values())
 
-    def _unit_of(self, tensor: str) -> int:
+    def _part_of(self, tensor: str) -> int:
         part, _, rest = tensor.partition(".")
         return {"embedding": 0, "head": self.spec.depth + 1}[part] if part != "blocks" else 1 + int(rest.partition(".")[0])
 
-    def _name(self, index: int) -> str:
-        return "embedding" if index == 0 else "head" if index == self.spec.depth + 1 else f"block.{index - 1}"
+    def _name(self, part: int) -> str:
+        return "embedding" if part == 0 else "head" if part == self.spec.depth + 1 else f"block.{part - 1}"
+
+    def tensors_of(self, part: int) -> tuple[TensorSpec, ...]:
+        """All tensors of the embedding, a block or the head, never trained ones too."""
+        return self.units[part].tensors + (self._frozen[part].tensors if part in self._frozen else ())
 
     def __len__(self) -> int:
         return len(self.units)
@@ -113,16 +125,28 @@ class UnitTable:
         return sum(self.units[unit].bytes for unit in window.units)
 
 
-def freeze_outside(model: TinyTransformer, window: Window) -> list[torch.nn.Parameter]:
-    """Let only the window's tensors take gradients; units outside it go into eval mode.
+def _one_after_another(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
+    placed: list[TensorSpec] = []
+    for name, shape in tensors:
+        placed.append(TensorSpec(name, shape, placed[-1].offset + placed[-1].elements if placed else 0))
+    return tuple(placed)
+
+
+def freeze_outside(model: TinyTransformer, window: Window, trains: Callable[[str], bool] = lambda name: True) -> list[torch.nn.Parameter]:
+    """Let only the window's tensors take gradients; parts of the model outside it go into eval mode.
+
+    Args:
+        trains: whether the tensor of this name may train at all.
 
     Returns:
         The trainable parameters, in the model's order. Nothing else may reach the optimiser.
     """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     trainable = []
     for index, part in enumerate([model.embedding, *model.blocks, model.head]):
         part.train(index in window)
-        part.requires_grad_(index in window)
-        if index in window:
-            trainable.extend(part.parameters())
+        for parameter in part.parameters():
+            parameter.requires_grad_(index in window and trains(names[id(parameter)]))
+            if parameter.requires_grad:
+                trainable.append(parameter)
     return trainable

@@ -336,7 +336,7 @@ def test_flops_of_a_recipe_are_those_that_pytorch_counts(blocks, recipe, monkeyp
 def test_flops_by_hand():
     # d=4, f=16, T=3: F = 8*16 + 4*4*16 + 4*3*4 = 432; depth 2, one trained: (2 + 2*1) F = 1728; head 6*4*5 = 120; 10 tokens
     formulas = costs(2, 4, 2, 3, 5)
-    assert formulas.block_flops() == 432
+    assert formulas.block.forward_flops(formulas.spec) == 432
     assert formulas.flops(formulas.table.suffix(1), 10, PLAIN) == 18480
     assert formulas.flops(Window(3, 4), 10, PLAIN) == 10 * (2 * 432 + 120)  # the head alone
     # block 0 forward, block 1 three times, and once more where it is computed again

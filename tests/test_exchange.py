@@ -20,11 +20,20 @@ from distfl.recipes import Recipe
 from distfl.transport.base import WORD
 from distfl.units import TensorSpec, Unit, Window
 
-TABLE = [
-    Unit(0, "embedding", (TensorSpec("e", (2, 2), 0),)),
-    Unit(1, "block.0", (TensorSpec("a", (3, 4), 0), TensorSpec("b", (2,), 12))),
-    Unit(2, "head", (TensorSpec("h", (5,), 0),)),
-]
+
+class Units(list):
+    """A table, all of whose units train."""
+
+    trainable = property(lambda self: self)
+
+
+TABLE = Units(
+    [
+        Unit(0, "embedding", (TensorSpec("e", (2, 2), 0),)),
+        Unit(1, "block.0", (TensorSpec("a", (3, 4), 0), TensorSpec("b", (2,), 12))),
+        Unit(2, "head", (TensorSpec("h", (5,), 0),)),
+    ]
+)
 OLD = {"e": torch.full((2, 2), 0.1), "a": torch.arange(12.0).view(3, 4), "b": torch.tensor([0.3, -0.7]), "h": torch.zeros(5)}
 
 

@@ -23,7 +23,7 @@ ORDER = """
     costs fleet planner
     caps.base caps.process caps.rlimit caps.cgroup caps.cuda caps.choice
     steps features training
-    methods.base methods.*
+    methods.base methods.fedavg methods.*
     aggregation server_optimizer checkpoints
     hosting exchange calibration
     rounds

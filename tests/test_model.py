@@ -8,7 +8,7 @@ from helpers import SPEC, model, same_bits, tokenizer, tokens, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distfl.costs import Costs
+from distfl.costs import WholeBlock
 from distfl.files import write_atomically
 from distfl.huggingface import export
 from distfl.model import IGNORED_TARGET, ModelSpec, from_tensors, initial_tensors, next_token_loss, skeleton
@@ -116,7 +116,7 @@ def saved_bytes(network, inputs: torch.Tensor, frozen: int) -> int:
 
 @pytest.mark.parametrize("spec", [SPEC, ModelSpec(depth=4, width=32, heads=4, context=16, vocabulary=320)], ids=["16 wide", "32 wide"])
 def test_trained_blocks_keep_what_the_formula_says_and_the_prefix_keeps_nothing(spec):
-    per_token = Costs(UnitTable(spec), batch=2, state_tensors=2).kept_per_token()
+    per_token = WholeBlock().kept(spec, leading=True)
     if spec is SPEC:
         assert per_token == 8 * 16 + 2 * 64 + 2 + 4 == 262  # 8 d + 2 f + H + 4
     inputs, count = tokens(2, spec.context), 2 * spec.context

@@ -28,7 +28,7 @@ def cost_of(costs: Costs, client: Client, blocks: int) -> Cost:
     """As the worked example has it: weights, optimiser state, activations, and gradients of a block's output and of its GELU output."""
     window, spec, tokens = costs.table.suffix(blocks), costs.spec, costs.batch * costs.spec.context
     state = costs.state_tensors * costs.table.window_bytes(window)
-    kept, residual = 4 * tokens * costs.kept_per_token() * blocks, 4 * tokens * (spec.width + spec.feedforward)
+    kept, residual = 4 * tokens * costs.block.kept(spec, leading=True) * blocks, 4 * tokens * (spec.width + spec.feedforward)
     peak = Peak(costs.table.bytes, state, 0, 0, kept, residual, 0, {})
     return replace(cost_by(costs, client, blocks, Recipe(costs.batch)), peak=peak)
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,17 +15,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from distfl.config import LeversConfig, TrainConfig, TrainingConfig
-from distfl.costs import Cost, Costs
+from distfl.costs import Cost, Costs, WholeBlock
 from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
 from distfl.messages import Assignment, Piece
 from distfl.model import ModelSpec, TinyTransformer, skeleton
-from distfl.planner import Selection, cheapest
+from distfl.planner import Selection, cheapest, select, widest
 from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
 from distfl.training import learning_rate, state_tensors
-from distfl.units import Unit, UnitTable, freeze_outside
+from distfl.units import Unit, UnitTable, Window, freeze_outside
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Method(ABC):
     Options: ClassVar[type]  # frozen dataclass of method.options
     source: ClassVar[str]  # paper, section
     needs_each_update: ClassVar[bool] = False  # True: its merge is no mean of pieces, so the server must see all updates
+    ignores_budgets: bool = False  # True: plans beyond them on purpose, which only memory.enforce=report allows
+    block: WholeBlock = WholeBlock()  # what a block in a window keeps and computes
 
     def __init__(self, options: Any):
         self.options = options
@@ -81,6 +84,18 @@ class Method(ABC):
     def shared(self, model: TinyTransformer) -> dict[str, Tensor]:
         """The tensors that the server owns, in the model's order."""
         return model.named_tensors()
+
+    def trains(self, name: str) -> bool:
+        """Whether clients ever train the shared tensor of this name. One that they never do is sent once, and no window holds it."""
+        return True
+
+    def window(self, table: UnitTable, blocks: int) -> Window:
+        """The window of a client that trains so many blocks; default: the last ones, and the head."""
+        return table.suffix(blocks)
+
+    def deployed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The plain model's tensors, all that the method inserted merged into them; default: as they are."""
+        return tensors
 
     # --- server; pure, so that `distfl plan` prints it without training
     @abstractmethod
@@ -147,7 +162,7 @@ class Method(ABC):
     @contextmanager
     def attached(self, model: TinyTransformer, assignment: Assignment) -> Iterator[list[Parameter]]:
         """What the optimiser may touch; default: freeze outside the window."""
-        yield freeze_outside(model, assignment.window)
+        yield freeze_outside(model, assignment.window, self.trains)
 
     def collect(self, tensors: dict[str, Tensor], assignment: Assignment, unit: Unit) -> list[Piece]:
         """The pieces of one unit to send; default: the whole tensors of units in the window."""
@@ -169,6 +184,51 @@ class Method(ABC):
             share: part of the round's weight behind each element, 0 to 1; a scalar tensor where it is the same for all.
         """
         return mean
+
+
+class LastBlocks(Method):
+    """Every client trains the last blocks that its budget admits, the fleet the depth that lets it train most.
+
+    ``options`` have ``allow_dropping``: clients that cannot train a single block sit out instead of being an error.
+    """
+
+    most_blocks: int | None = None  # no window is wider than this
+
+    def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
+        costs = {depth: partial(self.cost_of_blocks, workload) for depth, workload in workloads.items()}
+        return select(clients, costs, self.options.allow_dropping, self.most_blocks)
+
+    def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
+        return [self._assign(round, client, workload, limits.get(client.id)) for client in clients]
+
+    def _assign(self, round: int, client: Client, workload: Workload, limit: int | None) -> Assignment:
+        admitted, depth = self.widest(client, workload), workload.costs.spec.depth
+        blocks = min(depth if limit is None else limit, self.planned_blocks(client, admitted, depth))
+        weight = self.weight(client)
+        if not blocks:
+            return self.sits_out(round, client, weight, workload)
+        recipe = self.cost_of_blocks(workload, client, min(blocks, admitted)).recipe
+        return self.assignment(round, client, self.window(workload.costs.table, blocks), recipe, weight, workload)
+
+    def planned_blocks(self, client: Client, admitted: int, depth: int) -> int:
+        """How many blocks a client trains whose budget admits so many."""
+        return admitted
+
+    def weight(self, client: Client) -> float:
+        """Of a client's update in the mean; default: its training sequences."""
+        return float(client.rows)
+
+    def widest(self, client: Client, workload: Workload) -> int:
+        """The most blocks that the client's budget admits."""
+        depth = workload.costs.spec.depth
+        return widest(client, min(depth, self.most_blocks or depth), partial(self.cost_of_blocks, workload))
+
+    def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
+        return min((a.window.first for a in self.plan(1, clients, workload, {}) if a.window), default=0)
+
+    def cost_of_blocks(self, workload: Workload, client: Client, blocks: int) -> Cost:
+        """Of a client's round with so many blocks."""
+        return self.cost(client, self.window(workload.costs.table, blocks), workload)
 
 
 def build_model(method: Method, spec: ModelSpec, tensors: dict[str, Tensor]) -> TinyTransformer:
@@ -206,6 +266,7 @@ def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
         margin,
         config.levers.frozen_precision,
         encoding_of(config.transport),
+        method.block,
     )
 
 
@@ -213,4 +274,4 @@ def table_of(method: Method, spec: ModelSpec) -> UnitTable:
     """The units of what the method shares."""
     model = skeleton(spec)
     method.prepare(model)
-    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in method.shared(model).items()})
+    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in method.shared(model).items()}, method.trains)

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distfl.costs import Cost
 from distfl.errors import ConfigError
 from distfl.fleet import Client
-from distfl.messages import Assignment
-from distfl.methods.base import Method, Workload
-from distfl.planner import Selection, select, widest
+from distfl.methods.base import LastBlocks, Workload
+from distfl.planner import Selection
 from distfl.units import Unit
 
 
@@ -45,7 +42,7 @@ class Options:
                 raise ConfigError(f"extra_blocks.{group} = {blocks!r}", "not a number of blocks", "give 0 or more")
 
 
-class Caff(Method):
+class Caff(LastBlocks):
     """The main method."""
 
     Options = Options
@@ -59,29 +56,13 @@ class Caff(Method):
                 f"groups are {sorted({client.group for client in clients})}",
                 "name existing fleet.groups",
             )
-        return select(
-            clients, {depth: partial(self._cost_of_suffix, workload) for depth, workload in workloads.items()}, self.options.allow_dropping
-        )
+        return super().select(clients, workloads)
 
-    def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
-        return [self._assign(round, client, workload, limits.get(client.id)) for client in clients]
+    def planned_blocks(self, client: Client, admitted: int, depth: int) -> int:
+        return min(depth, admitted + self.options.extra_blocks.get(client.group, 0)) if admitted else 0
 
-    def _assign(self, round: int, client: Client, workload: Workload, limit: int | None) -> Assignment:
-        depth, table = workload.costs.spec.depth, workload.costs.table
-        planned = widest(client, depth, partial(self._cost_of_suffix, workload))
-        blocks = min(depth, planned + self.options.extra_blocks.get(client.group, 0)) if planned else 0
-        blocks = blocks if limit is None else min(blocks, limit)
-        weight = float(client.rows) if self.options.averaging == "contributors" else 1.0
-        if not blocks:
-            return self.sits_out(round, client, weight, workload)
-        recipe = self._cost_of_suffix(workload, client, min(blocks, planned)).recipe  # extra blocks get no levers of their own
-        return self.assignment(round, client, table.suffix(blocks), recipe, weight, workload)
-
-    def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
-        return min((a.window.first for a in self.plan(1, clients, workload, {}) if a.window), default=0)
-
-    def _cost_of_suffix(self, workload: Workload, client: Client, blocks: int) -> Cost:
-        return self.cost(client, workload.costs.table.suffix(blocks), workload)
+    def weight(self, client: Client) -> float:
+        return float(client.rows) if self.options.averaging == "contributors" else 1.0
 
     def finish(self, unit: Unit, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
         if self.options.averaging == "contributors":

@@ -1,0 +1,100 @@
+"""FedAvg: everyone trains the whole model at the deepest depth, and sends all of it.
+
+Source: McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", arXiv 1602.05629, algorithm 1: W <- sum n_c W_c / sum n_c over the clients of a round.
+
+A fleet with a client that cannot afford it is refused: leaving such clients out is ``fedavg_exclusive``, a shallower
+model ``allsmall``. With ``ignore_budgets`` it is the unconstrained upper bound.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from distfl.costs import Cost
+from distfl.errors import PlanError
+from distfl.fleet import Budget, Client
+from distfl.messages import Assignment
+from distfl.methods.base import Method, Workload
+from distfl.planner import Selection, fits, needs, of_clients
+from distfl.units import UnitTable, Window
+
+UNLIMITED = Budget(sys.maxsize, None, None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Args:
+    ignore_budgets: every client trains, by the quickest steps, whatever its budget; only with memory.enforce=report, and every output
+        shows by how much budgets are overrun.
+    """
+
+    ignore_budgets: bool = False
+
+
+class WholeModel(Method):
+    """Clients train the whole model, embedding and head included, or not at all."""
+
+    def window(self, table: UnitTable, blocks: int) -> Window:
+        return Window(0, table.spec.depth + 2)
+
+    def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
+        return [self._assign(round, client, workload, limits) for client in clients]
+
+    def _assign(self, round: int, client: Client, workload: Workload, limits: dict[int, int]) -> Assignment:
+        table, weight = workload.costs.table, float(client.rows)
+        depth = table.spec.depth
+        if limits.get(client.id, depth) < depth or not self.blocks(workload, client):
+            return self.sits_out(round, client, weight, workload)
+        window = self.window(table, depth)
+        return self.assignment(round, client, window, self.cost(client, window, workload).recipe, weight, workload)
+
+    def blocks(self, workload: Workload, client: Client) -> int:
+        """All, or none where the client cannot afford the whole model."""
+        depth = workload.costs.spec.depth
+        window = self.window(workload.costs.table, depth)
+        return depth if self.ignores_budgets or fits(self.cost(client, window, workload), client.budget) else 0
+
+    def selection(self, depth: int, reason: str, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
+        """Of this depth, beside what the others would have been."""
+        blocks = {each: of_clients(clients, partial(self.blocks, workload)) for each, workload in workloads.items()}
+        averages = {each: sum(of.values()) / len(clients) for each, of in blocks.items()}
+        return Selection(depth, reason, blocks[depth], averages, {each: sum(b == 0 for b in of.values()) for each, of in blocks.items()})
+
+    def needs(self, clients: Sequence[Client], workload: Workload) -> str:
+        """The smallest budgets with which every client could train the whole model of a depth."""
+        window = self.window(workload.costs.table, workload.costs.spec.depth)
+        lacking = [client for client in clients if not self.blocks(workload, client)]
+        return needs(clients, lacking, lambda client: self.cost(client, window, workload))
+
+
+class FedAvg(WholeModel):
+    """The upper bound."""
+
+    Options = Options
+    source = "arXiv 1602.05629, algorithm 1"
+
+    @property
+    def ignores_budgets(self) -> bool:
+        return self.options.ignore_budgets
+
+    def cost(self, client: Client, window: Window, workload: Workload) -> Cost:
+        return super().cost(replace(client, budget=UNLIMITED) if self.ignores_budgets else client, window, workload)
+
+    def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
+        depth = max(workloads)
+        chosen = self.selection(depth, "is the deepest; every client trains all of it", clients, workloads)
+        if chosen.excluded[depth]:
+            raise PlanError(
+                f"the whole model of depth {depth} on every client",
+                self.needs(clients, workloads[depth]),
+                "raise these budgets of fleet.groups, lower training.batch, take method.name=fedavg_exclusive (they sit out) or allsmall "
+                "(a shallower model), or measure the unconstrained upper bound by method.options.ignore_budgets=true memory.enforce=report",
+            )
+        return chosen
+
+
+METHOD = FedAvg

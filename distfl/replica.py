@@ -23,7 +23,7 @@ class Replica:
 
     def __init__(self, table: UnitTable):
         self.table = table
-        self.buffers = [np.frombuffer(mmap.mmap(-1, unit.bytes) if unit.bytes else b"", np.float32) for unit in table]
+        self.buffers = [np.frombuffer(mmap.mmap(-1, unit.bytes) if unit.bytes else bytearray(), np.float32) for unit in table]
         self.versions = [NEVER] * len(table)
         self.tensors: dict[str, Tensor] = {}
         for unit, buffer in zip(table, self.buffers):

@@ -23,12 +23,14 @@ from distfl.files import write_atomically, write_json
 from distfl.hosting import RankState, rank_state
 from distfl.launching import say, threads_per_rank
 from distfl.messages import Score
-from distfl.model import ModelSpec, from_tensors
+from distfl.methods.base import Method, build_model, load_method, table_of
+from distfl.model import ModelSpec
 from distfl.rounds import dismiss, introduce, join, refuse, serve, work
 from distfl.signals import StopRequest
 from distfl.transport.base import Transport
 
 if TYPE_CHECKING:
+    from distfl.family import Family
     from distfl.jobs import Job
     from distfl.run_folder import RunFolder
 
@@ -214,45 +216,51 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
 
 
 def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Tensor], Path]:
-    """Shape, weights and tokenizer file of a run's merged model, or of one depth of a family.
+    """Shape, weights and tokenizer file of a run's merged model, as a plain one, or of one depth of a family.
 
     Raises:
         DistflError: neither a run nor a family, or the depth is missing.
     """
     from distfl.family import open_family
-    from distfl.methods.base import load_method, table_of
-    from distfl.replica import Replica
 
     folder = Path(source)
     if (folder / "manifest.json").is_file():
         if depth is not None:
             raise ConfigError(f"--depth {depth} of {folder}", "a run, whose model has one depth", "leave --depth away, or name a family")
-        manifest = json.loads((folder / "manifest.json").read_text())
-        family = open_family(manifest["family"])
-        spec = family.spec(manifest["depth"])
-        config = settings.load(TrainConfig, folder / "config.yaml")
-        method = load_method(config.method.name, config.method.options)
-        server = checkpoints.load(folder / "checkpoints", Replica(table_of(method, spec)))
-        return spec, server.replica.tensors, family.folder / "tokenizer.json"
+        method, spec, tensors, family = _merged_model(folder)
+        return spec, method.deployed(tensors), family.folder / "tokenizer.json"
     family = open_family(source)
     depth = depth or family.depths[-1]
     return family.spec(depth), family.tensors(depth), family.folder / "tokenizer.json"
 
 
+def _merged_model(folder: Path) -> tuple[Method, ModelSpec, dict[str, Tensor], Family]:
+    """Method, shape, shared tensors and family of a run, as its newest checkpoint has them (raises DistflError)."""
+    from distfl.family import open_family
+    from distfl.replica import Replica
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    family = open_family(manifest["family"])
+    spec = family.spec(manifest["depth"])
+    config = settings.load(TrainConfig, folder / "config.yaml")
+    method = load_method(config.method.name, config.method.options)
+    server = checkpoints.load(folder / "checkpoints", Replica(table_of(method, spec)))
+    return method, spec, server.replica.tensors, family
+
+
 def score_run(folder: Path) -> dict:
     """Loss and accuracy of a run's newest merged model on its clients' test text, total and per budget group."""
-    from distfl.family import open_family
     from distfl.jobs import tokenised
     from distfl.reporting import read_run
     from distfl.training import evaluate
 
     run = read_run(folder)
     say("reading the data and scoring the newest merged model")
-    spec, tensors, _ = load_model(str(folder), None)
-    shards = tokenised(run.config, open_family(run.manifest["family"]))
+    method, spec, tensors, family = _merged_model(folder)
+    shards = tokenised(run.config, family)
     if shards.checksum != run.manifest["tokens_checksum"]:
         raise DataError(f"evaluation of {folder}", "the data differs from that of the run", "restore the data the run was made with")
-    model, total, groups = from_tensors(spec, tensors), Score(0.0, 0, 0), {}
+    model, total, groups = build_model(method, spec, tensors), Score(0.0, 0, 0), {}
     for client, group in enumerate(run.manifest["groups"].values()):
         score = evaluate(model, shards.test(client, spec.context).in_order(run.config.evaluation.batch))
         total, groups[group] = total + score, groups.get(group, Score(0.0, 0, 0)) + score

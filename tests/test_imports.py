@@ -20,10 +20,10 @@ ORDER = """
     transport.base transport.local transport.mpi transport.torch_dist
     codecs.base codecs.bf16 codecs.int8 codecs.*
     encoding updates residuals
-    costs fleet planner
+    costs fleet planner lora
     caps.base caps.process caps.rlimit caps.cgroup caps.cuda caps.choice
     steps features training
-    methods.base methods.fedavg methods.*
+    methods.base methods.fedavg methods.lora methods.*
     aggregation server_optimizer checkpoints
     hosting exchange calibration
     rounds

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,17 @@ import torch
 from distfl import seeds
 from distfl.caps.base import MemoryCap
 from distfl.caps.rlimit import Report
-from distfl.config import FleetConfig, GroupConfig, LeversConfig, MemoryConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
+from distfl.config import (
+    FleetConfig,
+    GroupConfig,
+    LeversConfig,
+    MemoryConfig,
+    MethodConfig,
+    RunConfig,
+    TrainConfig,
+    TrainingConfig,
+    TransportConfig,
+)
 from distfl.errors import PlanError
 from distfl.fleet import MEGA
 from distfl.hosting import RankState, host, rank_state, rehearse
@@ -37,7 +48,7 @@ CODECS = ("exact", "bf16", "int8", "int4", "top_k")
 
 @dataclass(frozen=True)
 class Case:
-    """One client: a model, how it trains, its window and recipe, and the codec of its update."""
+    """One client: a model, how it trains, its window and recipe, the codec of its update, and the method (options as pairs)."""
 
     spec: ModelSpec
     batch: int
@@ -47,6 +58,8 @@ class Case:
     recipe: Recipe
     mapped_prefix: bool
     codec: str = "exact"
+    method: str = "caff"
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def compare(case: Case, folder: Path) -> Comparison:
 
 def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> ClientReport:
     """One round of the case's client under a cap."""
-    window = state.table.suffix(case.blocks)
+    window = state.method.window(state.table, case.blocks)
     predicted = state.costs.peak(window, case.recipe).bytes
     return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3))[1]
 
@@ -139,12 +152,13 @@ def rank_of(case: Case, folder: Path, steps: int = STEPS) -> RankState:
             prefix_features="off",
         ),
         transport=TransportConfig(codec=case.codec),
+        method=MethodConfig(case.method, dict(case.options)),
         run=RunConfig(str(folder)),
     )
     count = 4 * case.batch * case.spec.context + 1
     seeds.generator(1, "calibration").integers(0, case.spec.vocabulary, count).astype(TOKEN).tofile(folder / "tokens.bin")
     state = rank_state(group(1)[0], config, case.spec, ShardIndex(str(folder), "", (Shard("client", 0, count, 0),)))
-    state.replica.fill(initial_tensors(case.spec, torch.Generator().manual_seed(1)))
+    state.replica.fill(state.method.initial(initial_tensors(case.spec, torch.Generator().manual_seed(1)), seed=1))
     return state
 
 
@@ -187,10 +201,15 @@ def line(found: Comparison) -> str:
     case = found.case
     spec = case.spec
     return (
-        f"depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} {case.optimizer} {case.codec} batch {case.batch} "
+        f"{_named(case)} depth {spec.depth:2} width {spec.width} T {spec.context} V {spec.vocabulary} "
+        f"{case.optimizer} {case.codec} batch {case.batch} "
         f"blocks {case.blocks:2}: predicted {found.predicted_bytes / MEGA:7.2f} measured {found.measured_bytes / MEGA:7.2f} MB "
         f"{100 * found.error:+5.1f} %  {case.recipe.describe(case.batch, spec.context)}"
     )
+
+
+def _named(case: Case) -> str:
+    return " ".join([case.method, *(f"{key}={value}" for key, value in case.options)])
 
 
 def verdict(found: list[Comparison]) -> str:

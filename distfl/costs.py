@@ -82,9 +82,17 @@ class WholeBlock:
         """Elements kept for backward, the block's input included."""
         return 8 * spec.width + 2 * spec.feedforward + spec.heads + 4
 
-    def transient(self, spec: ModelSpec) -> int:
-        """Elements that its backward adds to the gradients of its output and of its GELU output."""
+    def hole(self, spec: ModelSpec, leading: bool) -> int:
+        """Elements of heap that its forward leaves behind it and nothing fits into."""
         return 0
+
+    def forward_transient(self, spec: ModelSpec) -> int:
+        """Elements beside what it keeps when its forward ends: its output, and what it does not keep of its last layer's input."""
+        return spec.width
+
+    def backward_transient(self, spec: ModelSpec) -> int:
+        """Elements beside what it keeps when its backward begins: gradients of its output and of its GELU output."""
+        return spec.width + spec.feedforward
 
     def forward_flops(self, spec: ModelSpec) -> int:
         """8 d^2 + 4 d f + 4 T d (attention counted in full)."""
@@ -168,15 +176,16 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     leading = window.first > 0
     kept_by = [values * costs.block.kept(spec, leading and place == 0) for place in range(trained)]  # input to output
     kept = recomputed * entry + sum(kept_by[recomputed:])
+    left = values * costs.block.hole(spec, leading) if trained > recomputed == 0 else 0
     chunk = recipe.chunk_of(tokens)
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
     matrix = _largest(table, blocks)  # a weight's gradient on its way to where it adds up
     head_matrix, widest = _largest(table, [spec.depth + 1]), values * spec.feedforward
     hole_at_head, hole_below = _holes(logits, head_matrix, widest)
-    residual = entry + widest + values * costs.block.transient(spec)  # gradients of a block's output and of its GELU output
     norm = part if head else 0  # the output layer's input, for its matrix's gradient
-    at_head = kept + entry * (1 + (chunk < tokens and trained > 0))
-    backward = residual + matrix + hole_below
+    at_head = kept + left + entry * (1 + (chunk < tokens and trained > 0))
+    backward = values * costs.block.backward_transient(spec) + matrix + hole_below
+    again = entry + values * costs.block.forward_transient(spec)  # beside the gradient of the block's output
     # gradients made in backward, in the order in which they come
     coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
 
@@ -193,13 +202,15 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
         "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
     }
     if trained > recomputed:
-        moments["first block backward"] = kept + backward + held(1)
-        lowest_kept = recomputed * entry + kept_by[recomputed]
+        moments["first block backward"] = kept + left + backward + held(1)
+        lowest_kept = recomputed * entry + left + kept_by[recomputed]
         moments["last kept block backward"] = lowest_kept + backward + held(trained - recomputed)
     if recomputed:
         first = trained - recomputed + 1
-        moments["first recomputation"] = (recomputed - 1) * entry + kept_by[recomputed - 1] + backward + held(first)
-        moments["last recomputation"] = kept_by[0] + backward + held(trained)
+        moments["first recomputation"] = (
+            (recomputed - 1) * entry + kept_by[recomputed - 1] + max(backward + held(first), again + held(first - 1))
+        )
+        moments["last recomputation"] = kept_by[0] + max(backward + held(trained), again + held(trained - 1))
     if window.first == 0:
         moments["embedding backward"] = entry + table[0].bytes + held(trained + 1)
     # training is over, its message grows beside the weights

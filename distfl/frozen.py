@@ -7,6 +7,7 @@ scale for each output row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -41,6 +42,9 @@ class Narrow(nn.Module):
         if self.scale is not None:
             weight *= self.scale
         return self.layer.product(x, weight)
+
+    def of(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self(function(x))
 
 
 def narrow(model: TinyTransformer, window: Window, precision: Precision) -> None:

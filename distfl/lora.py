@@ -37,7 +37,7 @@ class Adapted(Linear):
     def __init__(self, layer: Linear, targets: tuple[str, ...], rank: int, scale: float):
         outputs, inputs = layer.weight.shape
         super().__init__(inputs, outputs, device="meta")
-        self.weight, self.bias, self.targets, self.scale = layer.weight, layer.bias, targets, scale
+        self.weight, self.bias, self.targets, self.rank, self.scale = layer.weight, layer.bias, targets, rank, scale
         for target in targets:
             rows = outputs // PLACES[target][2]
             self.register_parameter(f"{target}_A", Parameter(torch.empty(rank, inputs, device=layer.weight.device)))
@@ -47,6 +47,14 @@ class Adapted(Linear):
         starts = [PLACES[target][1] * (len(weight) // PLACES[target][2]) for target in self.targets]
         pairs = [self.get_parameter(f"{target}_{factor}") for target in self.targets for factor in "AB"]
         return _Product.apply(x, weight, self.bias, self.scale, starts, *pairs)
+
+    @property
+    def keeps_input(self) -> bool:
+        return any(self.get_parameter(f"{target}_A").requires_grad for target in self.targets)
+
+    @property
+    def kept_columns(self) -> int:
+        return self.out_features + self.rank * len(self.targets)
 
 
 class _Product(torch.autograd.Function):
@@ -169,8 +177,16 @@ class AdaptedBlock(WholeBlock):
         crossed |= fc1 > 0
         return elements + feedforward * crossed + feedforward * (fc2 > 0 and self.trains_down)
 
-    def transient(self, spec: ModelSpec) -> int:
-        return self.rank
+    def hole(self, spec: ModelSpec, leading: bool) -> int:
+        """Where a leading block has no adapter before its attention: of its queries, keys and values, which are gone again."""
+        return 3 * spec.width if leading and not self._adapted()[0] else 0
+
+    def forward_transient(self, spec: ModelSpec) -> int:
+        keeps = self.trains_down and "fc2" in self.targets
+        return super().forward_transient(spec) + (0 if keeps else spec.feedforward)
+
+    def backward_transient(self, spec: ModelSpec) -> int:
+        return super().backward_transient(spec) + self.rank
 
     def forward_flops(self, spec: ModelSpec) -> int:
         """That of the plain block, and 2 r (inputs + outputs) for each adapter."""

@@ -10,6 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,24 @@ class Linear(_Given, nn.Linear):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's output with a matrix that is held elsewhere."""
         return F.linear(x, weight, self.bias)
+
+    def of(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The layer's output for ``function(x)``. Where backward does without that input, room for what it keeps is taken first:
+        the input, gone soon, would leave a hole in the heap behind it."""
+        room = torch.empty(x.numel() // x.shape[-1] * self.kept_columns + 256) if torch.is_grad_enabled() and not self.keeps_input else None
+        given = function(x)
+        del room
+        return self(given)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether backward needs the layer's input."""
+        return self.weight.requires_grad
+
+    @property
+    def kept_columns(self) -> int:
+        """Elements that the layer makes and keeps, of each row."""
+        return self.out_features
 
 
 class Embedding(_Given, nn.Embedding):
@@ -116,8 +135,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # (N, d), N = B T; on views of (B, T, d) autograd would copy what is added in place
-        rows = _sum(self.proj(self._attend(self.qkv(self.norm1(x))).flatten(0, 1)), rows)
-        rows = _sum(self.fc2(_Gelu.apply(self.fc1(self.norm2(rows)))), rows)  # (N, f) inside
+        rows = _sum(self.proj(self._attend(self.qkv.of(self.norm1, x)).flatten(0, 1)), rows)
+        rows = _sum(self.fc2.of(_Gelu.apply, self.fc1.of(self.norm2, rows)), rows)  # (N, f) inside
         return rows.view_as(x)
 
     def _attend(self, qkv: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class Head(nn.Module):
         self.output = Linear(spec.width, spec.vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.norm(x))  # (B, T, d) -> (B, T, V)
+        return self.output.of(self.norm, x)  # (B, T, d) -> (B, T, V)
 
 
 class TinyTransformer(nn.Module):

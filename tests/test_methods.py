@@ -121,8 +121,8 @@ def test_every_plan_obeys_its_budgets(name, options):
 def test_a_chosen_depth_can_be_planned_and_what_nobody_can_train_is_refused(name, options):
     method = load_method(name, options)
     works = {depth: work_of(name, options, depth) for depth in (1, 2, 3)}
-    deepest = budgets(method, works[3], client(0))[-2].flops, 10**12
-    strong, middle = client(0, budget=UNLIMITED), client(1, budget=Budget(deepest[1], None, deepest[0]))
+    window = method.window(works[3].costs.table, 2)
+    strong, middle = client(0), client(1, budget=Budget(method.cost(client(1), window, works[3]).peak.bytes, None, None))
     chosen = method.select([strong, middle], works)
     plan = method.plan(1, [strong, middle], works[chosen.depth], {})
     table = works[chosen.depth].costs.table

@@ -182,7 +182,8 @@ class MemoryConfig:
 class TransportConfig:
     """How ranks talk."""
 
-    name: Literal["auto", "local", "mpi"] = "auto"  # auto = mpi where an MPI launcher started this process
+    name: Literal["auto", "local", "mpi", "torch"] = "auto"  # auto = what started this process; with --ranks mpi
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # of torch; auto = nccl for broadcasts where every rank has a GPU of its own
     codec: Literal["exact"] = "exact"
     collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto = what moves fewer bytes, and says why
     sums: Literal["fixed", "float"] = "fixed"  # reduce: 8 bytes a value and the same bits on any number of ranks, or 4 bytes

@@ -18,7 +18,7 @@ RANKS_TIMEOUT_SECONDS = 120
 PROOF_BYTES = 32 * 10**6
 RANK_SCRIPT = "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.allreduce(c.rank), c.size, MPI.Get_library_version().split(',')[0])"
 
-TORCH_SCRIPT = "from distfl.transport.torch_dist import TorchTransport as T; t = T(2); t.gather(0, ''); print(*[t.library][t.rank :])"
+TORCH_SCRIPT = "from distfl.transport.torch_dist import TorchTransport as T; t = T(2); t.gather(0, ''); t.rank or print(t.library)"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ The only module of a rank that imports torch.distributed.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,20 +38,39 @@ FAREWELL_SECONDS = 60
 _SCATTER, _GATHER, _SEND = 1, 2, 3  # tags: these three do not overtake one another's order
 
 
+class _Waiter:
+    """Waits in a thread of its own, so that a signal reaches the thread that asked, and the process can end meanwhile."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[Callable[[], Any], Future]] = SimpleQueue()
+        threading.Thread(target=self._serve, name="transport", daemon=True).start()
+
+    def start(self, blocking: Callable[[], Any]) -> Future:
+        """Call it, after all that was started before."""
+        future: Future = Future()
+        self._asked.put((blocking, future))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            blocking, future = self._asked.get()
+            try:
+                future.set_result(blocking())
+            except Exception as error:
+                future.set_exception(error)
+
+
 class TorchPending:
-    """A transfer, which gloo moves on in a thread of its own.
+    """A transfer, which gloo moves on in a thread of its own."""
 
-    Waiting is done in another thread, so that a signal reaches the one that asked.
-    """
-
-    def __init__(self, waiter: ThreadPoolExecutor, start: Callable[[], dist.Work], bring: Callable[[], Any] = lambda: None):
+    def __init__(self, waiter: _Waiter, start: Callable[[], dist.Work], bring: Callable[[], Any] = lambda: None):
         with _broken_connections():
             self._work = start()
         self._waiter, self._bring = waiter, bring
 
     def wait(self) -> Any:
         with _broken_connections():
-            self._waiter.submit(self._work.wait).result()
+            self._waiter.start(self._work.wait).result()
         return self._bring()
 
     def advance(self) -> None:
@@ -72,7 +95,7 @@ class TorchTransport(Transport):
             raise TransportError(
                 f"at least {smallest} ranks", f"{self.size} was started", "start more: torchrun --nproc-per-node N, or distfl ... --ranks N"
             )
-        self._waiter = ThreadPoolExecutor(1, "transport")
+        self._waiter = _Waiter()
         dist.init_process_group("gloo", store=_meet(self.rank, self.size), rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT)
         self.ledger = Ledger()
         self._device, self._group = self._choose(backend)
@@ -90,6 +113,7 @@ class TorchTransport(Transport):
             torch.cuda.set_device(device)
             return device, dist.new_group(backend="nccl", timeout=LONGEST_WAIT)
         if backend == "nccl":
+            dist.destroy_process_group()
             raise TransportError("transport.backend = nccl", reason, "start one rank per GPU, or set transport.backend=auto")
         return None, None
 
@@ -165,8 +189,11 @@ class TorchTransport(Transport):
     def leave(self, code: int) -> int:
         """The server goes last and only its code counts: a launcher ends all ranks as soon as one exits with anything but 0."""
         if self.rank:
+            # gloo's threads do not survive the end of the interpreter in good order; and the system shall close the connections
+            atexit.register(os._exit, 0)
             return 0
-        wait([self._waiter.submit(_until_it_ends, other) for other in range(1, self.size)], FAREWELL_SECONDS)
+        wait([self._waiter.start(partial(_until_it_ends, other)) for other in range(1, self.size)], FAREWELL_SECONDS)
+        dist.destroy_process_group()
         return code
 
     def abort(self, code: int) -> NoReturn:

@@ -248,9 +248,10 @@ def _meet(rank: int, size: int) -> dist.Store:
     patience, here = timedelta(seconds=MEETING_SECONDS), [f"distfl/{other}" for other in range(size)]
     place = f"{size} ranks at MASTER_ADDR:MASTER_PORT = {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try for as long as it has patience
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=patience))
         store.set(here[rank], "")
-    except dist.DistError as error:
+    except (OSError, dist.DistError) as error:
         raise TransportError(place, str(error).splitlines()[0], "let it name rank 0's host and a port that is free there") from None
     try:
         store.wait(here, patience)

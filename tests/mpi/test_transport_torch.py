@@ -71,6 +71,11 @@ def test_too_few_ranks_are_refused():
     assert "TransportError" in done.stderr and "at least 2 ranks" in done.stderr
 
 
+def test_a_meeting_place_that_no_one_knows_is_refused_at_once():
+    done = run(1, "import os\nos.environ['MASTER_ADDR'] = 'no-such-host.invalid'\n" + OPENING + START, "1")
+    assert "no-such-host.invalid" in done.stderr and "let it name rank 0's host" in done.stderr
+
+
 def test_nccl_without_a_gpu_is_refused_by_all_ranks():
     done = run(
         2,

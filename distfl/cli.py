@@ -16,7 +16,7 @@ from distfl import __version__, launching, settings
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
-from distfl.signals import StopRequest
+from distfl.signals import StopRequest, end_with_parent
 
 
 def main(arguments: list[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rank = _parse(arguments), launching.launched_rank() or 0
     options.stop = stop
+    if launching.TORCHRUN_VARIABLE in os.environ:
+        end_with_parent()  # torchrun itself may be killed
     if rank and not options.takes_ranks:  # one rank does it, and says it once
         return 0
     try:
@@ -70,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("config", help="YAML file, see configs/")
             added.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
         if ranks:
-            added.add_argument("--ranks", type=int, metavar="N", help="start N ranks with mpirun (not needed under mpirun or srun)")
+            added.add_argument("--ranks", type=int, metavar="N", help="start N ranks with mpirun or torchrun (not needed under them)")
             added.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
         return added
 
@@ -125,10 +127,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = settings.load(TrainConfig, options.config, options.overrides)
     if options.ranks is not None:
         return _train_on_ranks(config, options, arguments, stop)
-    if config.transport.name == "mpi":
-        raise ConfigError(
-            "transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N"
-        )
+    if config.transport.name in ("mpi", "torch"):
+        raise ConfigError(f"transport.name = {config.transport.name}", "no launcher started this process", "add --ranks N")
     from distfl.running import run_locally
 
     return run_locally(options, stop)
@@ -139,9 +139,9 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     if config.transport.name == "local":
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
-    folder.check(options.resume)  # cheap, and without the notices of mpirun
+    folder.check(options.resume)  # cheap, and without the notices of a launcher
     launching.say(f"starting {options.ranks} ranks")
-    code = launching.run_ranks(options.ranks, arguments, stop)
+    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     return code
@@ -158,7 +158,7 @@ def _check_ranks(ranks: int | None) -> None:
 
 def _check_not_launched(options: argparse.Namespace, size: int) -> None:
     if options.ranks not in (None, size):  # the launcher of --ranks hands its own arguments on
-        raise TransportError(f"--ranks {options.ranks}", f"an MPI launcher has started {size} ranks already", "leave --ranks away")
+        raise TransportError(f"--ranks {options.ranks}", f"a launcher has started {size} ranks already", "leave --ranks away")
 
 
 # --- the other commands ----------------------------------------------------------------------

@@ -64,5 +64,9 @@ class TransportError(DistflError):
     """The launch does not fit: too few ranks, ranks that cannot see each other, missing MPI."""
 
 
+class RankLost(DistflError):
+    """A connection to another rank broke: that one has ended, and has said why if it could."""
+
+
 class CheckpointError(DistflError):
     """A run folder or checkpoint that cannot be continued from."""

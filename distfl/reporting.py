@@ -78,7 +78,7 @@ def summary(run: Run) -> str:
 
 def _ranks(run: Run) -> str:
     start = run.manifest["starts"][-1]
-    return "one process" if start["mpi"] == "local" else f"{start['ranks']} ranks"
+    return "one process" if start["transport"] == "local" else f"{start['ranks']} ranks"
 
 
 def _planned_and_counted(run: Run) -> str:

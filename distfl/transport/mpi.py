@@ -54,6 +54,8 @@ class MpiTransport(Transport):
         TransportError: fewer ranks than ``smallest``.
     """
 
+    name = "mpi"
+
     def __init__(self, comm: MPI.Intracomm, smallest: int):
         self.comm, self.rank, self.size, self.ledger = comm, comm.rank, comm.size, Ledger()
         if self.size < smallest:
@@ -135,6 +137,11 @@ class MpiTransport(Transport):
         self.comm.Abort(code)
         raise SystemExit(code)
 
+    @property
+    def library(self) -> str:
+        """Name and version of the MPI library."""
+        return MPI.Get_library_version().split(",")[0].strip()
+
     def _count_direct(self, destination: int, bytes_: int, purpose: str) -> None:
         self.ledger.direct[destination] += bytes_
         self.ledger.add(purpose, sent=bytes_)
@@ -143,11 +150,6 @@ class MpiTransport(Transport):
 def world(smallest: int) -> MpiTransport:
     """All ranks that the launcher started."""
     return MpiTransport(MPI.COMM_WORLD, smallest)
-
-
-def library() -> str:
-    """Name and version of the MPI library."""
-    return MPI.Get_library_version().split(",")[0].strip()
 
 
 def _typed(array: np.ndarray) -> list:

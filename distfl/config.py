@@ -188,8 +188,8 @@ class TransportConfig:
     codec_options: dict[str, Any] = field(default_factory=dict)  # checked by the codec's own Options
     deltas: Switch = "auto"  # send differences from the round's shared tensors; auto = on for codecs that lose something
     error_feedback: Switch = "auto"  # what is lost goes into the client's next update; auto = on for biased codecs (top_k)
-    collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto = what moves fewer bytes, and says why
-    sums: Literal["fixed", "float"] = "fixed"  # reduce: 8 bytes a value and the same bits on any number of ranks, or 4 bytes
+    collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto: what it takes in fewer bytes by
+    sums: Literal["fixed", "float"] = "fixed"  # of reduce: 8 bytes a value and the same bits on any ranks, or 4 bytes
 
 
 @dataclass(frozen=True)

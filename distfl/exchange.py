@@ -87,8 +87,8 @@ class Gather(Exchange):
         self._means: dict[int, UnitMean] = {}
 
     def give(self, blocks: list[np.ndarray]) -> None:
-        for pending in [self.state.transport.start_gather(block, "updates") for block in blocks]:
-            pending.wait()
+        for _ in _pipelined(blocks, lambda block: self.state.transport.start_gather(block, "updates")):
+            pass
 
     def close(self) -> None:
         """All is with the server already."""
@@ -147,19 +147,19 @@ class Reduce(Exchange):
         """Kept until the round ends."""
 
     def close(self) -> None:
-        transport, sent = self.state.transport, deque()
+        transport, old, sent = self.state.transport, self.state.replica.tensors, deque()
         for unit, ranks, by_element in transport.broadcast_value(purpose="layout"):
             if transport.rank not in ranks:
                 continue
             mean = self._means.pop(unit)
             parent, children = tree(ranks, transport.rank, unit)
-            total = mean.partial(by_element)
-            buffers = [transport.start_receive(np.empty_like(total), child, "sums") for child in children]
-            for buffer in buffers:
-                total += buffer.wait()
+            total = mean.partial(by_element, old, self.round_weight)
+            for child in children:
+                total += transport.start_receive(np.empty_like(total), child, "sums").wait()
             if parent == 0:
-                mean.take(total, by_element)
+                mean.take(total, by_element, old, self.round_weight)
                 total = self._message(mean)
+            del mean
             sent.append(transport.start_send(total, parent, "means" if parent == 0 else "sums"))
             if len(sent) == UNITS_UNDER_WAY:
                 sent.popleft().wait()

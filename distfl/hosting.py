@@ -95,7 +95,7 @@ def host(
         try:
             keep(assignment, outcome.blocks)
         except NotFinite as error:
-            failure = Failure("not_finite", error.found)
+            failure = Failure("not_finite", f"{error.asked}: {error.found}; {error.change}")
     blocks = [NOTHING] * len(state.table) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
         state.residuals.save(assignment.client, assignment.round, residuals)

@@ -126,7 +126,12 @@ def test_an_update_that_cannot_be_kept_is_left_out(state):
 
     blocks, report = hosting.host(made, Report(), assignment(made, 1), keep)
     assert not any(map(len, blocks))
-    assert (report.ok, report.cause, report.reason, report.upload_bytes) == (False, "not_finite", "too large", 0)
+    assert (report.ok, report.cause, report.reason, report.upload_bytes) == (
+        False,
+        "not_finite",
+        "a sum: too large; lower the learning rate",
+        0,
+    )
 
 
 def test_the_report_says_what_was_planned_and_done(state):

@@ -58,7 +58,7 @@ def ledgers(run: Path) -> dict[tuple, int]:
 def test_gather_gives_the_bits_and_the_ledger_of_mpi(distfl, config, tmp_path):
     by_mpi, by_torch = tmp_path / "run-m", tmp_path / "run-t"
     for run, transport in ((by_mpi, "mpi"), (by_torch, "torch")):
-        done = distfl("train", config, f"run.folder={run}", f"transport.name={transport}", ranks=3)
+        done = distfl("train", config, f"run.folder={run}", f"transport.name={transport}", "rounds=1", ranks=3)
         assert done.returncode == 0, done.stderr
         (start,) = json.loads((run / "manifest.json").read_text())["starts"]
         assert (start["transport"], start["ranks"], start["memory_enforced_by"]) == (transport, 3, "rlimit")
@@ -76,7 +76,7 @@ def test_reduce_gives_the_bits_of_one_process(distfl, config, tmp_path):
     models = set()
     for name, ranks in (("local", None), ("torch", 4)):
         run = tmp_path / name
-        overrides = [f"run.folder={run}", f"transport.name={name}", "transport.collective=reduce"]
+        overrides = [f"run.folder={run}", f"transport.name={name}", "transport.collective=reduce", "rounds=1"]
         done = distfl("train", config, *overrides, ranks=ranks)
         assert done.returncode == 0, done.stderr
         models.add(distfl.model(run))
@@ -85,7 +85,7 @@ def test_reduce_gives_the_bits_of_one_process(distfl, config, tmp_path):
 
 def test_sigusr1_checkpoints_leaves_with_the_requeue_code_and_the_run_resumes(distfl, config, tmp_path):
     run = tmp_path / "run"
-    arguments = ("train", config, f"run.folder={run}", "rounds=8", "transport.name=torch")
+    arguments = ("train", config, f"run.folder={run}", "rounds=6", "transport.name=torch")
     process = distfl.start(*arguments, ranks=3)
     distfl.wait_for_round(run, 1, process)
     process.send_signal(signal.SIGUSR1)
@@ -93,7 +93,7 @@ def test_sigusr1_checkpoints_leaves_with_the_requeue_code_and_the_run_resumes(di
     assert process.returncode == 75, err
     assert err.splitlines()[-1].endswith("continue with --resume")  # torchrun's report does not bury it
     assert nothing_is_left(run) and not (run / "finished").exists()
-    done = distfl("train", config, f"run.folder={run}", "rounds=8", "--resume")  # in one process
+    done = distfl("train", config, f"run.folder={run}", "rounds=6", "--resume")  # in one process
     assert done.returncode == 0 and (run / "finished").exists(), done.stderr
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from distfl import __version__, launching, settings
 from distfl.config import PretrainConfig, TrainConfig
@@ -43,10 +44,6 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     except BrokenPipeError:  # the reader, `head` for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -95,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     scale.add_argument(
         "--ranks",
-        type=_numbers,
         required=True,
         metavar="N,N,...",
         help="numbers of ranks; {ranks} and {clients} stand for N and N - 1 in overrides",
@@ -227,10 +223,22 @@ def _audit(options: argparse.Namespace, arguments: list[str]) -> int:
     from distfl.audit import audit
 
     if (Path(options.config) / "manifest.json").is_file():
+        if options.overrides or options.ranks:
+            found = " ".join([*options.overrides, *(["--ranks"] if options.ranks else [])])
+            raise ConfigError(f"an audit of the run in {options.config}", f"also {found}", "leave that away, or name a config")
         return audit(Path(options.config))
+    _check_starts_ranks("audit")
     _check_ranks(options.ranks)
     folder, code = _run_audited(options.config, options.overrides, options.ranks)
     return code or audit(folder)
+
+
+def _check_starts_ranks(command: str) -> None:
+    if (size := launching.launched_size()) is not None:
+        raise TransportError(f"distfl {command}", f"a launcher has started {size} ranks already", "start it alone: it starts ranks itself")
+
+
+AUDITED = ["run.keep_ledgers=true", "transport.name=mpi"]
 
 
 def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:
@@ -238,7 +246,7 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     from distfl.audit import links_prefix
     from distfl.links import monitoring_flags
 
-    overrides = [*overrides, "run.keep_ledgers=true", "transport.name=mpi"]
+    overrides = [*overrides, *AUDITED]
     folder = RunFolder(settings.load(TrainConfig, config, overrides))
     folder.check(resume=False)
     return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
@@ -247,11 +255,21 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
     from distfl import scaling
 
-    def start(ranks: int, collective: str, folder: Path) -> int:
+    def overrides(ranks: int, collective: str, folder: Path) -> list[str]:
         own = [word.replace("{ranks}", str(ranks)).replace("{clients}", str(ranks - 1)) for word in options.overrides]
-        return _run_audited(options.config, [*own, f"transport.collective={collective}", f"run.folder={folder}"], ranks)[1]
+        return [*own, f"transport.collective={collective}", f"run.folder={folder}"]
 
-    points = scaling.study(options.ranks, options.collectives.split(","), options.output, start, launching.say)
+    def config_of(*run: Any) -> TrainConfig:
+        return settings.load(TrainConfig, options.config, [*overrides(*run), *AUDITED])
+
+    def start(ranks: int, collective: str, folder: Path) -> int:
+        return _run_audited(options.config, overrides(ranks, collective, folder), ranks)[1]
+
+    _check_starts_ranks("scale")
+    ranks = options.ranks.split(",")
+    if not all(word.isdecimal() for word in ranks):
+        raise ConfigError(f"--ranks {options.ranks}", "not a list of numbers", "give numbers such as 3,5,9")
+    points = scaling.study([*map(int, ranks)], options.collectives.split(","), options.output, config_of, start, launching.say)
     picture = scaling.write(points, options.output)
     print(f"{scaling.text(points)}\npicture: {picture}")
     return 1 if any(point.unexplained_bytes for point in points) else 0

@@ -12,8 +12,8 @@ Every collective stands once in ``serve`` and its helpers and once in ``work`` a
               exchange.take        <-------         exchange.give: its window, unit by unit
                                               exchange.close: what ranks have added up
 
-With more clients than client ranks a round has several waves; sums run in client order whatever
-the number of ranks, so the merged model is the same, bit for bit.
+With more clients than client ranks a round has several waves. Sums run in client order, or in fixed point, whatever the
+number of ranks, so the merged model is the same, bit for bit (but for ``transport.sums=float``).
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     payload = {
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
+        "windows": {str(assignment.client): [assignment.window.first, assignment.window.last] for assignment in active},
     }
     traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
     return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})

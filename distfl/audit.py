@@ -22,6 +22,7 @@ from distfl.reporting import Run, read_run, table
 from distfl.units import VALUE_BYTES
 
 FIXED_BYTES = 8  # a value summed up in fixed point
+CHECKSUM_BYTES = 4  # of a unit's sums or means
 LENGTH_BYTES = 8  # goes before every small record
 BROADCASTS = ("units", "orders", "versions", "layout", "start")  # "start" and "versions" are answered by every rank, too
 MEANINGS = {
@@ -81,7 +82,7 @@ class Audit:
     @cached_property
     def headers(self) -> int:
         """Bytes of the clients' blocks besides encoded values."""
-        return sum(report["upload_bytes"] - report["predicted_upload_bytes"] for report in self.run.clients if report["ok"])
+        return sum(report["upload_bytes"] - report["predicted_upload_bytes"] for report in self.run.clients if report["upload_bytes"])
 
     def payload_to_mpi(self) -> list[Row]:
         """What clients sent and were sent, against what the ranks handed to the transport for it."""
@@ -111,11 +112,11 @@ class Audit:
             for unit, ranks, by_element in entry["layout"]:
                 elements = units[unit]["bytes"] // VALUE_BYTES
                 numbers = elements * 2 if by_element else elements + units[unit]["tensors"]
-                sums += (len(ranks) - 1) * numbers * fixed
-                means += numbers * VALUE_BYTES
+                sums += (len(ranks) - 1) * (numbers * fixed + CHECKSUM_BYTES)
+                means += numbers * VALUE_BYTES + CHECKSUM_BYTES
         return [
-            Row("sums", sums, self.sent["sums"], "per unit: from every rank of its tree but the root, with the weights"),
-            Row("means", means, self.sent["means"], "per unit: from its root to the server, with the shares"),
+            Row("sums", sums, self.sent["sums"], "per unit: from every rank of its tree but the root, with weights and a checksum"),
+            Row("means", means, self.sent["means"], "per unit: from its root to the server, with shares and a checksum"),
         ]
 
     def _assignment_bytes(self) -> int:

@@ -21,6 +21,7 @@ from distfl.model import ModelSpec, initial_tensors
 from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.transport.local import group
+from distfl.updates import LEAD
 
 SPEC = ModelSpec(depth=3, width=16, heads=2, context=8, vocabulary=40)
 CONFIG = TrainConfig(FleetConfig((GroupConfig("all", 10, share=1.0),)), TrainingConfig(batch=2, steps=2, learning_rate=1e-2))
@@ -223,7 +224,7 @@ def test_what_is_sent_is_what_was_planned_and_near_what_was_trained(state, tmp_p
     blocks, report = hosting.host(made, Report(), order)
     values = values_of(made, blocks)
     assert report.ok and values.keys() == trained.keys()
-    headers = sum(4 * (1 + int(block[0])) for block in blocks if len(block))
+    headers = sum(4 * (LEAD + int(block[2])) for block in blocks if len(block))
     assert report.upload_bytes - headers == made.costs.upload_bytes(order.window) <= made.table.window_bytes(order.window)
     change = max(float((trained[name] - made.replica.tensors[name]).abs().max()) for name in trained)
     for name in trained:

@@ -14,6 +14,7 @@ from distfl.caps.cgroup import open_cgroup
 from distfl.caps.rlimit import Report
 from distfl.config import FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
 from distfl.errors import CapError, NotFinite
+from distfl.exchange import Gather
 from distfl.features import FeatureFile
 from distfl.messages import Assignment, Piece
 from distfl.methods.caff import Caff, Options
@@ -128,6 +129,31 @@ def test_an_update_that_cannot_be_kept_is_left_out(state):
     blocks, report = hosting.host(made, Report(), assignment(made, 1), keep)
     assert not any(map(len, blocks))
     assert (report.ok, report.cause, report.reason, report.upload_bytes) == (False, "not_finite", "too large", 0)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_garbled_block_is_a_result_sends_nothing_and_leaves_the_residuals(state, tmp_path, monkeypatch, feedback):
+    made = state(config=by("top_k" if feedback else "int8", tmp_path))
+    plain = hosting.frame
+
+    def frame(*arguments):
+        block = plain(*arguments)
+        if len(block) and arguments[4].name == "head":
+            block[-1] ^= 1
+        return block
+
+    monkeypatch.setattr(hosting, "frame", frame)
+    order = assignment(made, 1)
+    blocks, report = hosting.host(made, Report(), order, Gather(made, 3.0).keep)
+    failed(made, blocks, report, "bad_message")
+    assert "a block of unit head from client 0" in report.reason
+    monkeypatch.setattr(hosting, "frame", plain)
+    if feedback:
+        assert not list((tmp_path / "run").glob("residuals/client-*/unit-*"))
+    blocks, report = hosting.host(made, Report(), order, Gather(made, 3.0).keep)
+    assert report.ok and any(map(len, blocks))
+    if feedback:
+        assert list((tmp_path / "run").glob("residuals/client-*/unit-*"))
 
 
 def test_the_report_says_what_was_planned_and_done(state):

@@ -26,6 +26,7 @@ from distfl.transport.base import WORD, pack
 from distfl.units import VALUE_BYTES
 
 FIXED_BYTES = 8  # a value summed up in fixed point
+CHECKSUM_BYTES = 4  # of a unit's sums or means
 LENGTH_BYTES = 8  # goes before every small record
 BROADCASTS = ("units", "orders", "versions", "layout", "start")  # handed over once for all; "start" and "versions" are also answered
 LONGEST_HEADER = {"block": 96, "tensor": 48}  # bytes, of whole tensors
@@ -102,7 +103,7 @@ class Audit:
     @cached_property
     def headers(self) -> int:
         """Bytes of the merged blocks besides encoded values."""
-        return sum(report["upload_bytes"] - report["predicted_upload_bytes"] for report in self.run.clients if report["ok"])
+        return sum(report["upload_bytes"] - report["predicted_upload_bytes"] for report in self.run.clients if report["upload_bytes"])
 
     # --- records against payload
 
@@ -174,11 +175,11 @@ class Audit:
             for unit, ranks, by_element in entry["layout"]:
                 elements = units[unit]["bytes"] // VALUE_BYTES
                 numbers = elements * 2 if by_element else elements + units[unit]["tensors"]
-                sums += (len(ranks) - 1) * numbers * fixed
-                means += numbers * VALUE_BYTES
+                sums += (len(ranks) - 1) * (numbers * fixed + CHECKSUM_BYTES)
+                means += numbers * VALUE_BYTES + CHECKSUM_BYTES
         return [
-            exactly("sums", sums, self.sent["sums"], "per unit: from every rank of its tree but the root, with the weights"),
-            exactly("means", means, self.sent["means"], "per unit: from its root to the server, with the shares"),
+            exactly("sums", sums, self.sent["sums"], "per unit: from every rank of its tree but the root, with weights and a checksum"),
+            exactly("means", means, self.sent["means"], "per unit: from its root to the server, with shares and a checksum"),
         ]
 
     def _with_idle(self, clients: int, bytes_: int) -> int:

@@ -57,7 +57,7 @@ class StartError(DistflError):
 
 
 class WireError(DistflError):
-    """A message that does not say what its header promises."""
+    """A message that is garbled, cut short, stale or of somebody else; a client whose update it is, is left out."""
 
 
 class TransportError(DistflError):

@@ -11,7 +11,7 @@ from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
 from distfl.fleet import MEGA
 
-CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "no_window": "without a window"}
+CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "bad_message": "with a bad message", "no_window": "without a window"}
 
 
 @dataclass(frozen=True)

@@ -166,16 +166,16 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
         of_wave, words, by_element = _serve_wave(state, hosted)
-        reports += of_wave
-        for assignment, of_client in zip(hosted, words):
-            sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table, of_client) if length}
-            for unit in sent:
-                contributors[unit] += 1
-            if sent:
-                uploads[assignment.client] = sent
         with merging.watched():
             for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
                 _finish(state, optimizer, unit, mean)
+        reports += map(exchange.judged, of_wave)
+        for assignment, of_client in zip(hosted, words):
+            sent = {unit: length * WORD.itemsize for unit, length in zip(state.table, of_client) if length}
+            for unit in sent:
+                contributors[unit.name] += exchange.took(assignment.client, unit.index)
+            if sent:
+                uploads[assignment.client] = {unit.name: bytes_ for unit, bytes_ in sent.items()}
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":

@@ -17,7 +17,7 @@ ORDER = """
     errors signals seeds files allocator settings config launching torchrun run_folder links
     model units shards corpora partition family huggingface optimizers replica
     frozen recipes messages
-    transport.base transport.local transport.mpi transport.torch_dist
+    transport.base checksums transport.local transport.mpi transport.torch_dist
     codecs.base codecs.bf16 codecs.int8 codecs.*
     encoding updates residuals
     costs fleet planner

@@ -160,7 +160,7 @@ def _unpack(sent: bytes) -> Outcome:
     facts, shapes = json.loads(sent[_HEAD.size : _HEAD.size + text])
     place, blocks = _HEAD.size + text, []
     for kind, bytes_ in shapes:
-        blocks.append(np.frombuffer(sent[place : place + bytes_], kind))  # a copy of its own: aligned
+        blocks.append(np.frombuffer(sent, np.uint8, bytes_, place).copy().view(kind))  # a copy is aligned, and may be written to
         place += bytes_
     return Outcome(blocks, facts)
 

@@ -218,10 +218,16 @@ def _prepare() -> str:
     import gc
 
     try:
+        import numpy.random
+        import torch.utils._device
+
+        import distfl.cli
         import distfl.running
         import distfl.transport.mpi  # noqa: F401
+        from distfl.allocator import exact_allocator
     except BaseException as error:  # a rank that is started plainly will say more
         return f"{type(error).__name__}: {error}"
+    exact_allocator()  # its free blocks are shared, too, until one is used
     gc.collect()
     gc.freeze()  # a collection in a rank would write to every object, and so copy it
     if len(os.listdir("/proc/self/task")) > 1:

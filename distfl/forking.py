@@ -29,6 +29,7 @@ JOB = ("PMIX_NAMESPACE", "PMIX_SERVER_URI2")  # the first is there under Open MP
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_LOCAL_SIZE")
 DECIDED_AT_START = ("GLIBC_TUNABLES", "DISTFL_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")  # the parent's hold for its ranks
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+SHARED_IMPORTS = ("distfl.cli", "distfl.running", "distfl.transport.mpi", "numpy.random", "torch.utils._device")
 TRIES = 5  # a parent may be about to end, or be killed
 SECONDS_TO_ASK = 30
 SECONDS_BETWEEN_RANKS = 3  # a parent without ranks waits so long for a launcher that is still to come
@@ -216,17 +217,15 @@ def be_parent(listening: int, key: str) -> None:
 def _prepare() -> str:
     """Import all that ranks share; returns what forbids to fork, if anything does."""
     import gc
+    import importlib
 
     try:
-        import numpy.random
-        import torch.utils._device
-
-        import distfl.cli
-        import distfl.running
-        import distfl.transport.mpi  # noqa: F401
-        from distfl.allocator import exact_allocator
+        for name in SHARED_IMPORTS:
+            importlib.import_module(name)
     except BaseException as error:  # a rank that is started plainly will say more
         return f"{type(error).__name__}: {error}"
+    from distfl.allocator import exact_allocator
+
     exact_allocator()  # its free blocks are shared, too, until one is used
     gc.collect()
     gc.freeze()  # a collection in a rank would write to every object, and so copy it

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from distfl import __version__, launching, settings
+from distfl import __version__, launching, settings, starting
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
@@ -141,7 +141,7 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of mpirun
     launching.say(f"starting {options.ranks} ranks")
-    code = launching.run_ranks(options.ranks, arguments, stop)
+    code = launching.run_ranks(options.ranks, arguments, stop, starting.flags(config.launch.start))
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     return code

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distfl import __version__, launching, settings
+from distfl import __version__, launching, settings, starting
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
@@ -137,7 +137,8 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
     launching.say(f"starting {options.ranks} ranks")
-    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name)
+    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
+    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     return code

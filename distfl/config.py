@@ -219,6 +219,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How ``--ranks`` starts ranks under MPI."""
+
+    start: Literal["plain", "fork", "auto"] = "plain"  # fork = from one parent per node; auto = where `distfl doctor` has proven it
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A federated run: what ``distfl train`` and ``distfl plan`` read."""
 
@@ -235,6 +242,7 @@ class TrainConfig:
     memory: MemoryConfig = MemoryConfig()
     transport: TransportConfig = TransportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from distfl import launching
+from distfl import launching, starting
 from distfl.errors import DistflError
 
 RANKS_TIMEOUT_SECONDS = 120
@@ -40,7 +40,7 @@ def examine() -> int:
     """Try everything and print it; returns 0 if all that a run needs works, 1 otherwise."""
     needed: list[Callable[[], Finding]] = [_torch, _memory_meter, _memory_cap, _family, _cache, _mpi]
     mechanisms = [partial(_mechanism, name) for name in ("rlimit", "cgroup-v2", "cgroup-v1", "cuda")]
-    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _torchrun, _slurm, _cuda]
+    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _torchrun, _forking, _slurm, _cuda]
     well = True
     for check in [*told[:1], *needed, *told[1:]]:
         finding = _tried(check)
@@ -194,6 +194,12 @@ def _torchrun() -> Finding:
         found = (done.stderr.strip() or "no output").splitlines()
         return Finding("torchrun", None, f"exit code {done.returncode}: {found[-1]}: use transport.name=mpi")
     return Finding("torchrun", True, f"2 ranks met: {done.stdout.strip()}")
+
+
+def _forking() -> Finding:
+    if why := starting.prove():
+        return Finding("forking start", None, f"not here, launch.start=auto starts ranks plainly: {why}")
+    return Finding("forking start", True, "2 ranks forked from one parent met, their caps bite: launch.start=auto takes it")
 
 
 def _slurm() -> Finding:

@@ -47,7 +47,7 @@ def _deciding(config: TrainConfig) -> dict:
     """The settings that decide the result; a resumed run may have others of the rest."""
     values = settings.to_dict(config)
     transport = {f"transport.{key}": value for key, value in values.pop("transport").items() if key != "name"}
-    return {key: value for key, value in values.items() if key != "run"} | transport
+    return {key: value for key, value in values.items() if key not in ("run", "launch")} | transport
 
 
 def _origin(job: Job) -> dict:

@@ -14,7 +14,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 
 # Lower lines may import upper lines, and within a line the right may import the left; never the reverse.
 ORDER = """
-    errors signals seeds files allocator settings config launching torchrun run_folder links
+    errors signals seeds files allocator forking parent settings config launching torchrun starting run_folder links
     model units shards corpora partition family huggingface optimizers replica
     frozen recipes messages
     transport.base checksums transport.local transport.mpi transport.torch_dist

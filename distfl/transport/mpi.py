@@ -2,7 +2,7 @@
 
 Every transfer is started in its non-blocking form and tested with growing sleeps, so that with
 more ranks than cores the ranks that wait leave the cores to those that train. The only module that
-imports mpi4py.
+imports mpi4py. MPI itself starts in ``world``: this module may be loaded before a rank is forked.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import mpi4py
 import numpy as np
-from mpi4py import MPI
 
-from distfl.errors import TransportError
-from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+from mpi4py import MPI  # noqa: E402
+
+from distfl.errors import TransportError  # noqa: E402
+from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack  # noqa: E402
 
 EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is there by then
 LONGEST_SLEEP_SECONDS = 2e-3
@@ -148,7 +151,9 @@ class MpiTransport(Transport):
 
 
 def world(smallest: int) -> MpiTransport:
-    """All ranks that the launcher started."""
+    """All ranks that the launcher started; MPI starts here."""
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     return MpiTransport(MPI.COMM_WORLD, smallest)
 
 

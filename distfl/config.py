@@ -184,7 +184,7 @@ class TransportConfig:
 
     name: Literal["auto", "local", "mpi", "torch"] = "auto"  # auto = what started this process; with --ranks mpi
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # of torch; auto = nccl for broadcasts where every rank has a GPU of its own
-    codec: str = "exact"  # exact | bf16 | int8 | int4 | top_k: how updates are written; see codecs/
+    codec: str = "exact"  # exact | bf16 | int8 | int4 | int2 | top_k: how updates are written; see codecs/
     codec_options: dict[str, Any] = field(default_factory=dict)  # checked by the codec's own Options
     deltas: Switch = "auto"  # send differences from the round's shared tensors; auto = on for codecs that lose something
     error_feedback: Switch = "auto"  # what is lost goes into the client's next update; auto = on for biased codecs (top_k)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import hear_sigint
 from contract import ABORT, START, check_verbs, check_waiting
 
 from distfl.transport.torch_dist import why_not_nccl
@@ -34,7 +35,7 @@ def start(ranks: int, script: str, *arguments: str) -> list[subprocess.Popen]:
         port = probe.getsockname()[1]
     common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_STEP_NUM_TASKS": str(ranks)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": hear_sigint}
     return [
         subprocess.Popen([sys.executable, "-c", script, *arguments], env=os.environ | common | {"SLURM_PROCID": str(rank)}, **pipes)
         for rank in range(ranks)

@@ -8,13 +8,15 @@ whatever tree ranks form.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from distfl.errors import NotFinite
 from distfl.messages import Piece
-from distfl.units import Unit
+from distfl.units import TensorSpec, Unit
 
 FIXED_BITS = 47
 LARGEST_FIXED = 2.0**15  # of a value: shares of the weight sum to 1, so sums stay below 2^62
@@ -93,35 +95,46 @@ class UnitMean:
         """Whether any tensor needs a weight per element."""
         return any(weight.ndim for weight in self._weights.values())
 
-    def partial(self, by_element: bool) -> np.ndarray:
-        """All sums and weights as one array that can be added to those of another rank (1-D, of ``wire_type``).
+    def partial(self, by_element: bool, old: Mapping[str, Tensor], round_weight: float) -> np.ndarray:
+        """All sums and weights as one array that can be added to those of another rank (1-D).
+
+        In float32, so not the sums themselves, but how far they lie from the old values, as shares of the round's weight: what
+        did not change is exact, and what did loses bits of the change only.
 
         Args:
             by_element: with a weight for each element, because some rank needs that; else one for each tensor.
+            old: the shared tensors that the round started from.
         """
         parts = []
         for tensor in self.unit.tensors:
-            nothing = torch.zeros((), dtype=self.dtype)
-            parts.append(self._sums.get(tensor.name, nothing).expand(tensor.shape).reshape(-1))
+            total, weight = self._of(tensor.name)
+            change = (total - weight * old[tensor.name]) / round_weight
+            parts.append(change.expand(tensor.shape).float().reshape(-1))
         for tensor in self.unit.tensors:
-            weight = self._weights.get(tensor.name, torch.zeros((), dtype=self.dtype))
-            parts.append(weight.expand(tensor.shape).reshape(-1) if by_element else weight.reshape(1))
-        return torch.cat(parts).to(self.wire_type).numpy()
+            share = (self._of(tensor.name)[1] / round_weight).float()
+            parts.append(share.expand(tensor.shape).reshape(-1) if by_element else share.reshape(1))
+        return torch.cat(parts).numpy()
 
-    wire_type = torch.float32
-
-    def take(self, partial: np.ndarray, by_element: bool) -> None:
+    def take(self, partial: np.ndarray, by_element: bool, old: Mapping[str, Tensor], round_weight: float) -> None:
         """Replace all sums and weights by those of an array that ``partial`` made."""
-        values = torch.from_numpy(partial).to(self.dtype)
-        position = 0
-        for tensor in self.unit.tensors:
-            self._sums[tensor.name] = values[position : position + tensor.elements].view(tensor.shape)
+        for tensor, change, share in self._split(partial, by_element):
+            share = share.double()
+            self._sums[tensor.name] = (change + share * old[tensor.name]) * round_weight
+            self._weights[tensor.name] = share * round_weight
+
+    def _of(self, name: str) -> tuple[Tensor, Tensor]:
+        """Sum and weight of one tensor; zeros where there is none."""
+        nothing = torch.zeros((), dtype=self.dtype)
+        return self._sums.get(name, nothing), self._weights.get(name, nothing)
+
+    def _split(self, partial: np.ndarray, by_element: bool) -> Iterator[tuple[TensorSpec, Tensor, Tensor]]:
+        """Every tensor with its part of the sums, in its shape, and of the weights."""
+        values, position = torch.from_numpy(partial), 0
+        weights = values[sum(tensor.elements for tensor in self.unit.tensors) :]
+        for number, tensor in enumerate(self.unit.tensors):
+            whole = slice(position, position + tensor.elements)
+            yield tensor, values[whole].view(tensor.shape), weights[whole].view(tensor.shape) if by_element else weights[number]
             position += tensor.elements
-        for tensor in self.unit.tensors:
-            elements = tensor.elements if by_element else 1
-            weight = values[position : position + elements]
-            self._weights[tensor.name] = weight.view(tensor.shape if by_element else ())
-            position += elements
 
 
 class FixedPointMean(UnitMean):
@@ -131,7 +144,7 @@ class FixedPointMean(UnitMean):
         round_weight: sum of the weights of all clients that take part in this round.
     """
 
-    dtype = wire_type = torch.int64
+    dtype = torch.int64
 
     def __init__(self, unit: Unit, round_weight: float):
         super().__init__(unit)
@@ -139,7 +152,7 @@ class FixedPointMean(UnitMean):
 
     def check(self, pieces: list[Piece]) -> None:
         for piece in pieces:
-            if any(abs(float(end)) >= LARGEST_FIXED for end in torch.aminmax(piece.values)):
+            if piece.values.numel() and not all(abs(float(end)) < LARGEST_FIXED for end in torch.aminmax(piece.values)):  # nor NaN
                 raise NotFinite(
                     f"{piece.name} summed in fixed point",
                     f"values of {LARGEST_FIXED:.0f} or more",
@@ -157,3 +170,14 @@ class FixedPointMean(UnitMean):
 
     def _share(self, weight: Tensor, round_weight: float) -> Tensor:
         return weight / 2.0**FIXED_BITS
+
+    def partial(self, by_element: bool, old: Mapping[str, Tensor], round_weight: float) -> np.ndarray:
+        parts = [self._of(tensor.name)[0].expand(tensor.shape).reshape(-1) for tensor in self.unit.tensors]
+        for tensor in self.unit.tensors:
+            weight = self._of(tensor.name)[1]
+            parts.append(weight.expand(tensor.shape).reshape(-1) if by_element else weight.reshape(1))
+        return torch.cat(parts).numpy()
+
+    def take(self, partial: np.ndarray, by_element: bool, old: Mapping[str, Tensor], round_weight: float) -> None:
+        for tensor, total, weight in self._split(partial, by_element):
+            self._sums[tensor.name], self._weights[tensor.name] = total, weight

@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from distfl import __version__, launching, settings
+from distfl import __version__, launching, settings, starting
 from distfl.config import PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
-from distfl.signals import StopRequest
+from distfl.signals import StopRequest, end_with_parent
 
 
 def main(arguments: list[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rank = _parse(arguments), launching.launched_rank() or 0
     options.stop = stop
+    if launching.TORCHRUN_VARIABLE in os.environ:
+        end_with_parent()  # torchrun itself may be killed
     if rank and not options.takes_ranks:  # one rank does it, and says it once
         return 0
     try:
@@ -41,10 +44,6 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     except BrokenPipeError:  # the reader, `head` for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("config", help="YAML file, see configs/")
             added.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
         if ranks:
-            added.add_argument("--ranks", type=int, metavar="N", help="start N ranks with mpirun (not needed under mpirun or srun)")
+            added.add_argument("--ranks", type=int, metavar="N", help="start N ranks with mpirun or torchrun (not needed under them)")
             added.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
         return added
 
@@ -93,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     scale.add_argument(
         "--ranks",
-        type=_numbers,
         required=True,
         metavar="N,N,...",
         help="numbers of ranks; {ranks} and {clients} stand for N and N - 1 in overrides",
@@ -125,10 +123,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = settings.load(TrainConfig, options.config, options.overrides)
     if options.ranks is not None:
         return _train_on_ranks(config, options, arguments, stop)
-    if config.transport.name == "mpi":
-        raise ConfigError(
-            "transport.name = mpi", "this process was not started by an MPI launcher", "add --ranks N, or start it with mpirun -n N"
-        )
+    if config.transport.name in ("mpi", "torch"):
+        raise ConfigError(f"transport.name = {config.transport.name}", "no launcher started this process", "add --ranks N")
     from distfl.running import run_locally
 
     return run_locally(options, stop)
@@ -139,9 +135,10 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     if config.transport.name == "local":
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
-    folder.check(options.resume)  # cheap, and without the notices of mpirun
+    folder.check(options.resume)  # cheap, and without the notices of a launcher
     launching.say(f"starting {options.ranks} ranks")
-    code = launching.run_ranks(options.ranks, arguments, stop)
+    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
+    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     return code
@@ -158,7 +155,7 @@ def _check_ranks(ranks: int | None) -> None:
 
 def _check_not_launched(options: argparse.Namespace, size: int) -> None:
     if options.ranks not in (None, size):  # the launcher of --ranks hands its own arguments on
-        raise TransportError(f"--ranks {options.ranks}", f"an MPI launcher has started {size} ranks already", "leave --ranks away")
+        raise TransportError(f"--ranks {options.ranks}", f"a launcher has started {size} ranks already", "leave --ranks away")
 
 
 # --- the other commands ----------------------------------------------------------------------
@@ -227,10 +224,22 @@ def _audit(options: argparse.Namespace, arguments: list[str]) -> int:
     from distfl.audit import audit
 
     if (Path(options.config) / "manifest.json").is_file():
+        if options.overrides or options.ranks:
+            found = " ".join([*options.overrides, *(["--ranks"] if options.ranks else [])])
+            raise ConfigError(f"an audit of the run in {options.config}", f"also {found}", "leave that away, or name a config")
         return audit(Path(options.config))
+    _check_starts_ranks("audit")
     _check_ranks(options.ranks)
     folder, code = _run_audited(options.config, options.overrides, options.ranks)
     return code or audit(folder)
+
+
+def _check_starts_ranks(command: str) -> None:
+    if (size := launching.launched_size()) is not None:
+        raise TransportError(f"distfl {command}", f"a launcher has started {size} ranks already", "start it alone: it starts ranks itself")
+
+
+AUDITED = ["run.keep_ledgers=true", "transport.name=mpi"]
 
 
 def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:
@@ -238,7 +247,7 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     from distfl.audit import links_prefix
     from distfl.links import monitoring_flags
 
-    overrides = [*overrides, "run.keep_ledgers=true", "transport.name=mpi"]
+    overrides = [*overrides, *AUDITED]
     folder = RunFolder(settings.load(TrainConfig, config, overrides))
     folder.check(resume=False)
     return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
@@ -247,11 +256,21 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
     from distfl import scaling
 
-    def start(ranks: int, collective: str, folder: Path) -> int:
+    def overrides(ranks: int, collective: str, folder: Path) -> list[str]:
         own = [word.replace("{ranks}", str(ranks)).replace("{clients}", str(ranks - 1)) for word in options.overrides]
-        return _run_audited(options.config, [*own, f"transport.collective={collective}", f"run.folder={folder}"], ranks)[1]
+        return [*own, f"transport.collective={collective}", f"run.folder={folder}"]
 
-    points = scaling.study(options.ranks, options.collectives.split(","), options.output, start, launching.say)
+    def config_of(*run: Any) -> TrainConfig:
+        return settings.load(TrainConfig, options.config, [*overrides(*run), *AUDITED])
+
+    def start(ranks: int, collective: str, folder: Path) -> int:
+        return _run_audited(options.config, overrides(ranks, collective, folder), ranks)[1]
+
+    _check_starts_ranks("scale")
+    ranks = options.ranks.split(",")
+    if not all(word.isdecimal() for word in ranks):
+        raise ConfigError(f"--ranks {options.ranks}", "not a list of numbers", "give numbers such as 3,5,9")
+    points = scaling.study([*map(int, ranks)], options.collectives.split(","), options.output, config_of, start, launching.say)
     picture = scaling.write(points, options.output)
     print(f"{scaling.text(points)}\npicture: {picture}")
     return 1 if any(point.unexplained_bytes for point in points) else 0

@@ -182,13 +182,14 @@ class MemoryConfig:
 class TransportConfig:
     """How ranks talk."""
 
-    name: Literal["auto", "local", "mpi"] = "auto"  # auto = mpi where an MPI launcher started this process
-    codec: str = "exact"  # exact | bf16 | int8 | int4 | top_k: how updates are written; see codecs/
+    name: Literal["auto", "local", "mpi", "torch"] = "auto"  # auto = what started this process; with --ranks mpi
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # of torch; auto = nccl for broadcasts where every rank has a GPU of its own
+    codec: str = "exact"  # exact | bf16 | int8 | int4 | int2 | top_k: how updates are written; see codecs/
     codec_options: dict[str, Any] = field(default_factory=dict)  # checked by the codec's own Options
     deltas: Switch = "auto"  # send differences from the round's shared tensors; auto = on for codecs that lose something
     error_feedback: Switch = "auto"  # what is lost goes into the client's next update; auto = on for biased codecs (top_k)
-    collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto = what moves fewer bytes, and says why
-    sums: Literal["fixed", "float"] = "fixed"  # reduce: 8 bytes a value and the same bits on any number of ranks, or 4 bytes
+    collective: Literal["gather", "reduce", "auto"] = "gather"  # how updates reach the server; auto: what it takes in fewer bytes by
+    sums: Literal["fixed", "float"] = "fixed"  # of reduce: 8 bytes a value and the same bits on any ranks, or 4 bytes
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How ``--ranks`` starts ranks under MPI."""
+
+    start: Literal["plain", "fork", "auto"] = "plain"  # fork = from one parent per node; auto = where `distfl doctor` has proven it
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A federated run: what ``distfl train`` and ``distfl plan`` read."""
 
@@ -234,6 +242,7 @@ class TrainConfig:
     memory: MemoryConfig = MemoryConfig()
     transport: TransportConfig = TransportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from distfl import launching
+from distfl import launching, starting
 from distfl.errors import DistflError
 
-MPI_TIMEOUT_SECONDS = 120
+RANKS_TIMEOUT_SECONDS = 120
 PROOF_BYTES = 32 * 10**6
 RANK_SCRIPT = "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.allreduce(c.rank), c.size, MPI.Get_library_version().split(',')[0])"
+
+TORCH_SCRIPT = "from distfl.transport.torch_dist import TorchTransport as T; t = T(2); t.gather(0, ''); t.rank or print(t.library)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def examine() -> int:
     """Try everything and print it; returns 0 if all that a run needs works, 1 otherwise."""
     needed: list[Callable[[], Finding]] = [_torch, _memory_meter, _memory_cap, _family, _cache, _mpi]
     mechanisms = [partial(_mechanism, name) for name in ("rlimit", "cgroup-v2", "cgroup-v1", "cuda")]
-    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _slurm, _cuda]
+    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _torchrun, _forking, _slurm, _cuda]
     well = True
     for check in [*told[:1], *needed, *told[1:]]:
         finding = _tried(check)
@@ -162,12 +164,12 @@ def _mpi() -> Finding:
     command = launching.mpirun_command(2, [])
     command = [*command[: command.index(sys.executable)], sys.executable, "-c", RANK_SCRIPT]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return Finding(
             "mpi",
             False,
-            f"2 ranks of {command[0]} did not end within {MPI_TIMEOUT_SECONDS} s",
+            f"2 ranks of {command[0]} did not end within {RANKS_TIMEOUT_SECONDS} s",
             "check that this machine resolves its own host name; try DISTFL_MPIRUN_FLAGS",
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith("1 2 ")]
@@ -180,6 +182,24 @@ def _mpi() -> Finding:
             "mpi4py and mpirun must be of the same MPI: launch/setup, or DISTFL_MPI=system launch/setup for your module's",
         )
     return Finding("mpi", True, f"2 ranks met: {lines[0].removeprefix('1 2 ')}, {command[0]}")
+
+
+def _torchrun() -> Finding:
+    command = [*launching.torchrun(2), sys.executable, "-c", TORCH_SCRIPT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("torchrun", None, f"2 ranks did not end within {RANKS_TIMEOUT_SECONDS} s: use transport.name=mpi")
+    if done.returncode or not done.stdout:
+        found = (done.stderr.strip() or "no output").splitlines()
+        return Finding("torchrun", None, f"exit code {done.returncode}: {found[-1]}: use transport.name=mpi")
+    return Finding("torchrun", True, f"2 ranks met: {done.stdout.strip()}")
+
+
+def _forking() -> Finding:
+    if why := starting.prove():
+        return Finding("forking start", None, f"not here, launch.start=auto starts ranks plainly: {why}")
+    return Finding("forking start", True, "2 ranks forked from one parent met, their caps bite: launch.start=auto takes it")
 
 
 def _slurm() -> Finding:

@@ -57,11 +57,15 @@ class StartError(DistflError):
 
 
 class WireError(DistflError):
-    """A message that does not say what its header promises."""
+    """A message that is garbled, cut short, stale or of somebody else; a client whose update it is, is left out."""
 
 
 class TransportError(DistflError):
     """The launch does not fit: too few ranks, ranks that cannot see each other, missing MPI."""
+
+
+class RankLost(DistflError):
+    """A connection to another rank broke: that one has ended, and has said why if it could."""
 
 
 class CheckpointError(DistflError):

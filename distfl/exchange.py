@@ -8,6 +8,14 @@ sums of a unit add these up along a binomial tree, each unit from another root, 
 server. What the server takes in and holds does not depend on the number of clients. Sums in fixed point give
 the same bits on any number of ranks; sums in float32 half the bytes.
 
+*Bad blocks.* In both ways the client's rank reads its whole update (``keep``) before it is reported and before anything of it
+is sent or summed up: if one block is bad the client is left out of the round altogether. Between ranks, in gather, a
+block can still be garbled on its way to the server, which sees that only when it arrives, with earlier units merged and in
+the last wave finished. From there on nothing more of this client is taken; what was merged stays, as good as that of a
+client with a shorter window, for every unit has a mean of its own. To take it back would need all updates, or another model,
+in memory, against two units under way. Sums and means carry a checksum of their own; a sum belongs to many clients that were
+reported as merged, so a bad one ends the job with a WireError rather than leave some of them out unsaid.
+
 The tree is our own and not MPI's: its partners change from round to round with the clients that trained a unit, which
 would cost a communicator each; and it is known which rank sends what to whom, with every library and transport.
 """
@@ -17,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,13 +33,23 @@ import torch
 from torch import Tensor
 
 from distfl.aggregation import FixedPointMean, UnitMean
-from distfl.hosting import NOTHING, RankState, decode_update
-from distfl.messages import Assignment
-from distfl.transport.base import Pending
+from distfl.checksums import seal, sealed_words, unseal
+from distfl.errors import WireError
+from distfl.hosting import NOTHING, RankState, bad_message, decode_update
+from distfl.messages import Assignment, ClientReport, Failure
+from distfl.transport.base import WORD, Pending
 from distfl.units import VALUE_BYTES, Unit
 
 MeanOf = Callable[[str, Tensor], tuple[Tensor, Tensor]]  # tensor's name, old value -> mean, share
 UNITS_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """From which unit on nothing of a client was taken, and why."""
+
+    unit: int
+    failure: Failure
 
 
 class Exchange(ABC):
@@ -42,10 +61,12 @@ class Exchange(ABC):
 
     def __init__(self, state: RankState, round_weight: float):
         self.state, self.round_weight = state, round_weight
+        self._refused: dict[int, Refusal] = {}
 
     # --- client ranks
-    def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:  # noqa: B027 - gather keeps nothing
-        """Take in a hosted client's update before it is reported (raises NotFinite, nothing kept)."""
+    @abstractmethod
+    def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
+        """Take in a hosted client's update before it is reported (raises NotFinite or WireError, nothing kept)."""
 
     def by_element(self) -> list[int]:
         """Units whose sums on this rank need a weight per element."""
@@ -78,6 +99,15 @@ class Exchange(ABC):
             Of the last wave: every unit that somebody trained, with its mean, as soon as it is complete.
         """
 
+    def took(self, client: int, unit: int) -> bool:
+        """Whether what the client sent of a unit was taken."""
+        return client not in self._refused or unit < self._refused[client].unit
+
+    def judged(self, report: ClientReport) -> ClientReport:
+        """The report as it stands after the client's update has arrived."""
+        refusal = self._refused.get(report.client)
+        return replace(report, ok=False, **asdict(refusal.failure)) if refusal else report
+
 
 class Gather(Exchange):
     """Blocks to the server."""
@@ -86,9 +116,14 @@ class Gather(Exchange):
         super().__init__(state, round_weight)
         self._means: dict[int, UnitMean] = {}
 
+    def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
+        for unit, block in zip(self.state.table.trainable, blocks):
+            if len(block):
+                decode_update(self.state, block, assignment, unit)
+
     def give(self, blocks: list[np.ndarray]) -> None:
-        for pending in [self.state.transport.start_gather(block, "updates") for block in blocks]:
-            pending.wait()
+        for _ in _pipelined(blocks, lambda block: self.state.transport.start_gather(block, "updates")):
+            pass
 
     def close(self) -> None:
         """All is with the server already."""
@@ -108,9 +143,13 @@ class Gather(Exchange):
 
     def _add(self, unit: Unit, hosted: list[Assignment], blocks: Sequence[np.ndarray], next_ones: Sequence[Pending]) -> None:
         for assignment, block in zip(hosted, blocks):
-            if len(block):
-                mean = self._means.setdefault(unit.index, UnitMean(unit))
-                mean.add(pieces_of(self.state, assignment, unit, block))
+            if len(block) and self.took(assignment.client, unit.index):
+                try:
+                    pieces = pieces_of(self.state, assignment, unit, block)
+                except WireError as error:
+                    self._refused[assignment.client] = Refusal(unit.index, bad_message(error))
+                else:
+                    self._means.setdefault(unit.index, UnitMean(unit)).add(pieces)
             for pending in next_ones:
                 pending.advance()
 
@@ -149,20 +188,22 @@ class Reduce(Exchange):
         """Kept until the round ends."""
 
     def close(self) -> None:
-        transport, sent = self.state.transport, deque()
+        transport, old, sent = self.state.transport, self.state.replica.tensors, deque()
         for unit, ranks, by_element in transport.broadcast_value(purpose="layout"):
             if transport.rank not in ranks:
                 continue
             mean = self._means.pop(unit)
             parent, children = tree(ranks, transport.rank, unit)
-            total = mean.partial(by_element)
-            buffers = [transport.start_receive(np.empty_like(total), child, "sums") for child in children]
-            for buffer in buffers:
-                total += buffer.wait()
+            total = mean.partial(by_element, old, self.round_weight)
+            words = sealed_words(len(total), total.dtype)
+            for child in children:
+                message = transport.start_receive(np.empty(words, WORD), child, "sums").wait()
+                total += unseal(message, total.dtype, unit)
             if parent == 0:
-                mean.take(total, by_element)
+                mean.take(total, by_element, old, self.round_weight)
                 total = self._message(mean)
-            sent.append(transport.start_send(total, parent, "means" if parent == 0 else "sums"))
+            del mean
+            sent.append(transport.start_send(seal(total, unit), parent, "means" if parent == 0 else "sums"))
             if len(sent) == UNITS_UNDER_WAY:
                 sent.popleft().wait()
         for pending in sent:
@@ -185,12 +226,13 @@ class Reduce(Exchange):
         layout = self.layout
         self.state.transport.broadcast_value(layout, "layout")
         for (unit, _, of_elements), message, _ in _pipelined(layout, lambda entry: self._start(*entry)):
-            yield self.state.table[unit], _message_reader(self.state.table[unit], message, of_elements)
+            means = unseal(message, np.dtype(np.float32), unit)
+            yield self.state.table[unit], _message_reader(self.state.table[unit], means, of_elements)
 
     def _start(self, unit: int, ranks: list[int], by_element: bool) -> Pending:
         tensors = self.state.table[unit].tensors
         elements = self.state.table[unit].bytes // VALUE_BYTES
-        message = np.empty(elements * 2 if by_element else elements + len(tensors), np.float32)
+        message = np.empty(sealed_words(elements * 2 if by_element else elements + len(tensors), np.float32), WORD)
         return self.state.transport.start_receive(message, order_in_tree(ranks, unit)[0], "means")
 
 

@@ -18,7 +18,7 @@ from distfl.caps.base import MemoryCap, Outcome, is_allocation_failure, refused_
 from distfl.config import TrainConfig
 from distfl.costs import Costs
 from distfl.encoding import Encoding
-from distfl.errors import NotFinite
+from distfl.errors import NotFinite, WireError
 from distfl.features import FeatureFile, FeatureShelf, Prefix
 from distfl.frozen import matrix_bytes, narrow
 from distfl.messages import Assignment, ClientReport, Failure, Piece
@@ -72,11 +72,11 @@ def host(
     """One client's round under its cap.
 
     Args:
-        keep: takes in the update before it is reported, outside of the cap; raises NotFinite where it cannot.
+        keep: takes in the update before it is reported, outside of the cap; raises NotFinite or WireError where it cannot.
 
     Returns:
-        A block for each unit that windows are made of, empty for those it does not send, and its report. Running into the cap or into
-        numbers that are not finite is a result; any other error is raised.
+        A block for each unit that windows are made of, empty for those it does not send, and its report. Running into the cap,
+        numbers that are not finite and a damaged block are results; any other error is raised.
     """
     began = time.monotonic()
     # in a control group what is written to files counts, so nothing is kept there
@@ -95,7 +95,9 @@ def host(
         try:
             keep(assignment, outcome.blocks)
         except NotFinite as error:
-            failure = Failure("not_finite", error.found)
+            failure = Failure("not_finite", f"{error.asked}: {error.found}; {error.change}")
+        except WireError as error:
+            failure = bad_message(error)
     blocks = [NOTHING] * len(state.table.trainable) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
         state.residuals.save(assignment.client, assignment.round, residuals)
@@ -126,6 +128,11 @@ def over_cap(assignment: Assignment, how: str) -> Failure:
     return Failure("over_cap", f"over its memory cap of {assignment.memory_bytes} bytes: {how}")
 
 
+def bad_message(error: WireError) -> Failure:
+    """The result of a client whose update cannot be read."""
+    return Failure("bad_message", f"{error.asked}: {error.found}")
+
+
 def _left_out(failure: Failure) -> Outcome:
     return Outcome([], {"trained": asdict(Trained(0, 0, 0, None)), "failure": asdict(failure)})
 
@@ -136,7 +143,8 @@ def decode_update(state: RankState, block: np.ndarray, assignment: Assignment, u
     Raises:
         WireError: the block is not what was expected.
     """
-    return unframe(state.encoding, block, assignment.round, assignment.client, unit, state.replica.tensors)
+    shared = state.replica.tensors
+    return unframe(state.encoding, block, assignment.round, assignment.client, unit, shared, assignment.weight)
 
 
 def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile], residuals: Residuals | None) -> Outcome:

@@ -1,6 +1,6 @@
-"""Starting ranks: the mpirun command line that fits this machine, and what a launcher says of itself.
+"""Starting ranks: the mpirun or torchrun command line that fits this machine, and what a launcher says of itself.
 
-Imports nothing heavy: it runs in the process that only waits for mpirun.
+Imports nothing heavy: it runs in the process that only waits for the launcher.
 """
 
 from __future__ import annotations
@@ -17,23 +17,39 @@ from pathlib import Path
 
 from distfl import allocator
 from distfl.errors import EXIT_REQUEUE, ConfigError, TransportError
-from distfl.signals import StopRequest
+from distfl.signals import StopRequest, hold_signals
 
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open MPI, MPICH and Intel MPI, MVAPICH
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK")
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
 SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
+def launcher() -> str | None:
+    """What started this process as a rank: "torch" (torchrun, or srun with MASTER_ADDR and MASTER_PORT), "mpi", or None."""
+    if TORCHRUN_VARIABLE in os.environ:
+        return "torch"
+    if _first_number(SIZE_VARIABLES) is not None:
+        return "mpi"
+    if all(variable in os.environ for variable in MEETING_VARIABLES) and _first_number(TORCH_SIZE_VARIABLES) is not None:
+        return "torch"
+    return "mpi" if "PMIX_RANK" in os.environ else None
+
+
 def launched_size() -> int | None:
-    """Number of ranks the MPI launcher of this process started; None where no launcher did.
+    """Number of ranks the launcher of this process started; None where no launcher did.
 
     Raises:
         TransportError: ``srun`` started several tasks without a process manager that MPI understands.
     """
-    for variable in SIZE_VARIABLES:
-        if variable in os.environ:
-            return int(os.environ[variable])
+    if launcher() == "torch":
+        return _first_number(TORCH_SIZE_VARIABLES)
+    if (size := _first_number(SIZE_VARIABLES)) is not None:
+        return size
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "PMIX_RANK" in os.environ:
         return tasks  # the transport checks what the MPI library says
@@ -41,14 +57,24 @@ def launched_size() -> int | None:
         raise TransportError(
             f"{tasks} ranks from srun",
             "srun gave the tasks no PMIx: each would be a job of its own",
-            "use srun --mpi=pmix, or distfl ... --ranks N inside the job",
+            "use srun --mpi=pmix, or distfl ... --ranks N inside the job, or export MASTER_ADDR and MASTER_PORT for transport torch",
         )
     return None
 
 
 def launched_rank() -> int | None:
-    """This process's rank as its MPI launcher says it; None where no launcher did."""
-    return next((int(os.environ[variable]) for variable in RANK_VARIABLES if variable in os.environ), None)
+    """This process's rank as its launcher says it; None where no launcher did."""
+    return _first_number(TORCH_RANK_VARIABLES if launcher() == "torch" else RANK_VARIABLES)
+
+
+def local_rank() -> int:
+    """This process's place among the ranks of its host, as torchrun or srun says it."""
+    return _first_number(("LOCAL_RANK", "SLURM_LOCALID")) or 0
+
+
+def _first_number(variables: Sequence[str]) -> int | None:
+    """The value of the first of these environment variables that is set; None where none is."""
+    return next((int(os.environ[variable]) for variable in variables if variable in os.environ), None)
 
 
 def threads_per_rank() -> int:
@@ -82,8 +108,7 @@ def mpirun_command(ranks: int, arguments: list[str], own_flags: Sequence[str] = 
         flags.append("--allow-run-as-root")
     if "SLURM_JOB_ID" not in os.environ:  # inside an allocation its slots are the truth
         flags += ["--map-by", ":OVERSUBSCRIBE"]
-    environment = {variable: str(threads_per_rank()) for variable in ONE_THREAD} | allocator.environment()
-    for name, value in environment.items():
+    for name, value in _rank_environment().items():
         flags += ["-x", f"{name}={value}"]
     if "DISTFL_THREADS" in os.environ:
         flags += ["-x", "DISTFL_THREADS"]
@@ -91,34 +116,55 @@ def mpirun_command(ranks: int, arguments: list[str], own_flags: Sequence[str] = 
     return [mpirun_path(), *flags, sys.executable, "-m", "distfl", *arguments]
 
 
-def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None, flags: Sequence[str] = ()) -> int:
+def torchrun_command(ranks: int, arguments: list[str]) -> list[str]:
+    """The same with torchrun."""
+    return [*torchrun(ranks), sys.executable, "-m", "distfl", *arguments]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What stands before a program that torchrun is to start on ``ranks`` ranks of this host."""
+    return [sys.executable, "-m", "distfl.torchrun", str(ranks)]
+
+
+def _rank_environment() -> dict[str, str]:
+    """What every rank must find in its environment, whoever starts it."""
+    return {variable: str(threads_per_rank()) for variable in ONE_THREAD} | allocator.environment()
+
+
+def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None, transport: str = "mpi", flags: Sequence[str] = ()) -> int:
     """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on.
 
     Args:
         stop: the request that SIGUSR1 may have made already.
+        transport: "torch" has torchrun start them, anything else mpirun.
         flags: more of mpirun's.
 
     Returns:
         The exit code; 128 + the signal's number where SIGINT, SIGTERM or SIGHUP ended the ranks.
     """
-    process, began, ending = None, time.monotonic(), []
+    process, began, ending, by_torchrun = None, time.monotonic(), [], transport == "torch"
+    # torchrun would hand SIGINT on to the ranks, and all of them would speak of it
+    to_terminate = (signal.SIGHUP, signal.SIGINT) if by_torchrun else (signal.SIGHUP,)
 
     def pass_on(number: int, _frame: object = None) -> None:
         if number != signal.SIGUSR1:
             ending.append(number)
         if process is None:
             return
-        if number == signal.SIGUSR1:  # it would kill what does not handle it yet
+        if number == signal.SIGUSR1 and not by_torchrun:  # it would kill what does not handle it yet
             time.sleep(max(0, began + SECONDS_TO_HANDLERS - time.monotonic()))
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        process.send_signal(signal.SIGTERM if number in to_terminate else number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
-    command = mpirun_command(ranks, arguments, flags)
+    command = torchrun_command(ranks, arguments) if by_torchrun else mpirun_command(ranks, arguments, flags)
+    if by_torchrun:
+        hold_signals()  # torchrun and its ranks inherit that: none of them is killed before it handles the signal
     # in a process group of its own: Ctrl-C comes from here, once, and a second one would make mpirun drop its ranks
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, env=os.environ | _rank_environment())
     signal.signal(signal.SIGUSR1, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     if stop is not None and stop():
         pass_on(signal.SIGUSR1)
     if ending:

@@ -72,7 +72,7 @@ class Assignment:
         return Assignment(**values | {"window": window, "recipe": Recipe(**values["recipe"])})
 
 
-Cause = Literal["over_cap", "not_finite", "no_window"]
+Cause = Literal["over_cap", "not_finite", "bad_message", "no_window"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from distfl.reporting import block_range, table
 
 def describe(job: Job) -> str:
     """The whole plan of a job's first round."""
-    return "\n".join([_why_this_depth(job), "", _groups(job), "", _parts(job)])
+    updates = f"updates reach the server by {job.config.transport.collective}: {job.collective_reason}"
+    return "\n".join([_why_this_depth(job), "", _groups(job), "", _parts(job), "", updates])
 
 
 def _why_this_depth(job: Job) -> str:

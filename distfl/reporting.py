@@ -11,7 +11,7 @@ from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
 from distfl.fleet import MEGA
 
-CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "no_window": "without a window"}
+CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "bad_message": "with a bad message", "no_window": "without a window"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def summary(run: Run) -> str:
 
 def _ranks(run: Run) -> str:
     start = run.manifest["starts"][-1]
-    return "one process" if start["mpi"] == "local" else f"{start['ranks']} ranks"
+    return "one process" if start["transport"] == "local" else f"{start['ranks']} ranks"
 
 
 def _planned_and_counted(run: Run) -> str:

@@ -12,8 +12,8 @@ Every collective stands once in ``serve`` and its helpers and once in ``work`` a
               exchange.take        <-------         exchange.give: its window, unit by unit
                                               exchange.close: what ranks have added up
 
-With more clients than client ranks a round has several waves; sums run in client order whatever
-the number of ranks, so the merged model is the same, bit for bit.
+With more clients than client ranks a round has several waves. Sums run in client order, or in fixed point, whatever the
+number of ranks, so the merged model is the same, bit for bit (but for ``transport.sums=float``).
 """
 
 from __future__ import annotations
@@ -166,16 +166,16 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
         of_wave, words, by_element = _serve_wave(state, hosted)
-        reports += of_wave
-        for assignment, of_client in zip(hosted, words):
-            sent = {unit.name: length * WORD.itemsize for unit, length in zip(state.table.trainable, of_client) if length}
-            for unit in sent:
-                contributors[unit] += 1
-            if sent:
-                uploads[assignment.client] = sent
         with merging.watched():
             for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
                 _finish(state, optimizer, unit, mean)
+        reports += map(exchange.judged, of_wave)
+        for assignment, of_client in zip(hosted, words):
+            sent = {unit: length * WORD.itemsize for unit, length in zip(state.table.trainable, of_client) if length}
+            for unit in sent:
+                contributors[unit.name] += exchange.took(assignment.client, unit.index)
+            if sent:
+                uploads[assignment.client] = {unit.name: bytes_ for unit, bytes_ in sent.items()}
     for assignment, report in zip(active, reports):
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
@@ -194,6 +194,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     payload = {
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
+        "windows": {str(assignment.client): [assignment.window.first, assignment.window.last] for assignment in active},
     }
     traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
     return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})

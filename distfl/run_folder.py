@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from distfl.fleet import Client
     from distfl.jobs import Job
     from distfl.messages import RankStart, RoundResult
+    from distfl.transport.base import Transport
 
 LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
 LOCK = ".lock"
@@ -46,7 +47,7 @@ def _deciding(config: TrainConfig) -> dict:
     """The settings that decide the result; a resumed run may have others of the rest."""
     values = settings.to_dict(config)
     transport = {f"transport.{key}": value for key, value in values.pop("transport").items() if key != "name"}
-    return {key: value for key, value in values.items() if key != "run"} | transport
+    return {key: value for key, value in values.items() if key not in ("run", "launch")} | transport
 
 
 def _origin(job: Job) -> dict:
@@ -184,7 +185,7 @@ class RunFolder:
                 "restore what it began with",
             )
 
-    def begin(self, job: Job, mpi: str, ranks: list[RankStart], resumed_at: int | None) -> None:
+    def begin(self, job: Job, transport: Transport, ranks: list[RankStart], resumed_at: int | None) -> None:
         """Write config and manifest; of a resumed run, cut the line files back to the checkpoint that is continued from."""
         manifest_file, starts = self.path / "manifest.json", []
         if resumed_at is not None:
@@ -195,7 +196,8 @@ class RunFolder:
             "distfl": distfl.__version__,
             "python": platform.python_version(),
             "torch": version("torch"),
-            "mpi": mpi,
+            "transport": transport.name,
+            "library": transport.library,
             "ranks": len(ranks),
             "host": socket.gethostname(),
             "command": sys.argv,

@@ -7,9 +7,11 @@ import gc
 import json
 import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ from distfl import checkpoints, settings
 from distfl.allocator import exact_allocator
 from distfl.checkpoints import ServerState
 from distfl.config import PretrainConfig, TrainConfig
-from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, StartError
+from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, DataError, DistflError, RankLost, StartError
 from distfl.files import write_atomically, write_json
 from distfl.hosting import RankState, rank_state
-from distfl.launching import say, threads_per_rank
+from distfl.launching import launched_rank, launcher, say, threads_per_rank
 from distfl.messages import Score
 from distfl.methods.base import Method, build_model, load_method, table_of
 from distfl.model import ModelSpec
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from distfl.family import Family
     from distfl.jobs import Job
     from distfl.run_folder import RunFolder
+
+LAUNCHER_SECONDS = 5  # in which a launcher that saw a rank fail ends the others
 
 
 def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
@@ -50,18 +54,43 @@ def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
     thread = threading.Thread(target=run_client, name="client rank", daemon=True)
     thread.start()
     try:
-        return _run_server(server, "local", options, stop)
+        return _run_server(server, options, stop)
     finally:
         server.leave()
         thread.join()
 
 
 def run_rank(options: argparse.Namespace, stop: StopRequest) -> int:
-    """This process's half of a run under an MPI launcher."""
-    from distfl.transport.mpi import library, world
+    """This process's half of a run under a launcher."""
+    backend = "auto"
+    if launched_rank() == 0:
+        with suppress(DistflError):  # what is wrong with the config is said when it is read again, to all ranks
+            backend = settings.load(TrainConfig, options.config, options.overrides).transport.backend
+    transport = _launched_transport(2, backend)
+    code = _run_server(transport, options, stop) if transport.rank == 0 else _run_client(transport)
+    return transport.leave(code)
 
-    transport = world(smallest=2)
-    return _run_server(transport, library(), options, stop) if transport.rank == 0 else _run_client(transport)
+
+def _launched_transport(smallest: int, backend: str = "auto") -> Transport:
+    """That of the launcher that started this process.
+
+    Args:
+        backend: of torch.distributed; what rank 0 gives counts.
+    """
+    if launcher() == "mpi":
+        from distfl.transport.mpi import world
+
+        return world(smallest)
+    from distfl.transport.torch_dist import TorchTransport
+
+    return TorchTransport(smallest, backend)
+
+
+def _end_after_loss(transport: Transport, error: RankLost) -> NoReturn:
+    """Whoever ended first has said why and ends the job: this rank speaks only where no launcher sees to it."""
+    time.sleep(LAUNCHER_SECONDS)
+    print(f"distfl: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
+    transport.abort(1)
 
 
 def _run_client(transport: Transport) -> int:
@@ -79,15 +108,19 @@ def _run_client(transport: Transport) -> int:
         return 0 if finished else EXIT_REQUEUE
     except threading.BrokenBarrierError:  # local transport: the server has ended and said why
         return 1
+    except RankLost as error:
+        _end_after_loss(transport, error)
     except DistflError as error:
         print(f"distfl: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
         transport.abort(EXIT_REFUSED)
+    except KeyboardInterrupt:  # the server says it
+        transport.abort(EXIT_INTERRUPTED)
     except BaseException:
         traceback.print_exc()
         transport.abort(1)
 
 
-def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, stop: StopRequest) -> int:
+def _run_server(transport: Transport, options: argparse.Namespace, stop: StopRequest) -> int:
     """The server rank's life: refuse what cannot work before any rank trains, then serve."""
     folder, introduced = None, False
     try:
@@ -99,8 +132,9 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
 
         config = settings.load(TrainConfig, options.config, options.overrides)
         folder = RunFolder(config)
-        if config.transport.name not in ("auto", mpi if mpi == "local" else "mpi"):
-            raise ConfigError(f"transport.name = {config.transport.name}", "MPI started the ranks", "set transport.name=auto")
+        if config.transport.name not in ("auto", transport.name):
+            found = f"what started the ranks uses {transport.name}"
+            raise ConfigError(f"transport.name = {config.transport.name}", found, "set transport.name=auto")
         folder.check(options.resume)
         say(f"reading the data ({config.data.corpus}) and choosing the depth")
         job = prepare(config)
@@ -114,8 +148,10 @@ def _run_server(transport: Transport, mpi: str, options: argparse.Namespace, sto
             say(f"depth {job.selection.depth}, {len(job.clients)} clients; proving the memory caps")
             introduced = True
             ranks = introduce(job, state)
-            folder.begin(job, mpi, ranks, server.round if options.resume else None)
+            folder.begin(job, transport, ranks, server.round if options.resume else None)
             return _serve_to_the_end(job, state, server, folder, stop)
+    except RankLost as error:
+        _end_after_loss(transport, error)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         if not introduced:
@@ -187,10 +223,8 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
     from distfl.pretrain import pretrain
 
     if launched:
-        from distfl.transport.mpi import world
-
         torch.set_num_threads(threads_per_rank())
-        transport: Transport = world(smallest=1)
+        transport = _launched_transport(1)
     else:
         from distfl.transport.local import group
 
@@ -201,6 +235,8 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
             values = settings.to_dict(settings.load(PretrainConfig, options.config, options.overrides))
         config = settings.from_dict(PretrainConfig, transport.broadcast_value(values, "start"))
         family = pretrain(config, transport, options.resume)
+    except RankLost as error:
+        _end_after_loss(transport, error)
     except DistflError as error:
         print(f"distfl: {error}", file=sys.stderr, flush=True)
         transport.abort(EXIT_REFUSED)
@@ -212,7 +248,7 @@ def run_pretraining(options: argparse.Namespace, launched: bool) -> int:
         transport.abort(1)
     if family is not None:
         print(f"family {family.folder}: depths {list(family.depths)}", flush=True)
-    return 0
+    return transport.leave(0)
 
 
 def load_model(source: str, depth: int | None) -> tuple[ModelSpec, dict[str, Tensor], Path]:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from distfl import settings
 from distfl.audit import Audit, read_audit
+from distfl.config import TrainConfig
 from distfl.errors import CheckpointError, ConfigError
 from distfl.files import write_atomically
 from distfl.fleet import MEGA
@@ -22,12 +24,13 @@ class Point:
     """One run of the study. Bytes are those of a mean training round, as monitoring counted them on the links.
 
     Args:
-        round_seconds: median over training rounds, evaluation included where there is one.
+        round_seconds: median over the training rounds without evaluation, or over all where each has one.
         into_server_bytes, out_of_server_bytes: on the server's links.
         all_links_bytes: on all links together.
         upload_bytes: payload of all clients, what a deployment would move.
         merge_peak_bytes: most memory of the server while it takes in and merges updates, above what it held before.
-        bound_bytes: what that must stay below: gather two of the largest units that train for each client, reduce four.
+        bound_bytes: two of the largest units that train for each client in gather, four in reduce. Beside these the server holds
+            float64 sums in gather: of the unit being merged, or of all where a round has several waves.
         unexplained_bytes: of the audit of the whole run.
     """
 
@@ -52,6 +55,8 @@ def point_of(audit: Audit) -> Point:
     outside = _outside_rounds(audit)
     per_round = {kind: (counted[kind] - outside[kind]) // len(rounds) for kind in counted}
     collective = audit.run.manifest["starts"][-1]["collective"]
+    training = audit.run.rounds[1:]
+    timed = [record["seconds"] for record in training if record["test_loss"] is None] or [record["seconds"] for record in training]
     clients = statistics.mean(len(entry["payload"]["up"]) for entry in rounds)
     units = audit.run.manifest["units"]
     largest = max((units[unit]["bytes"] for record in audit.run.rounds for unit, of in record["contributors"].items() if of), default=0)
@@ -59,12 +64,12 @@ def point_of(audit: Audit) -> Point:
         ranks=audit.ranks,
         collective=collective,
         clients=round(clients),
-        round_seconds=statistics.median(record["seconds"] for record in audit.run.rounds[1:]),
+        round_seconds=statistics.median(timed),
         into_server_bytes=per_round["into"],
         out_of_server_bytes=per_round["out"],
         all_links_bytes=per_round["all"],
         upload_bytes=round(statistics.mean(record["upload_bytes"] for record in audit.run.rounds[1:])),
-        merge_peak_bytes=max(entry["merge_peak_bytes"] for entry in rounds),
+        merge_peak_bytes=max(entry["merge_peak_bytes"] or 0 for entry in rounds),
         bound_bytes=round((2 * clients if collective == "gather" else 4) * largest),
         unexplained_bytes=audit.unexplained_bytes,
     )
@@ -90,19 +95,27 @@ def _broadcast_bytes(sent: dict[str, int]) -> int:
 
 
 def study(
-    ranks: Sequence[int], collectives: Sequence[str], output: Path, start: Callable[[int, str, Path], int], say: Callable[[str], None]
+    ranks: Sequence[int],
+    collectives: Sequence[str],
+    output: Path,
+    config_of: Callable[[int, str, Path], TrainConfig],
+    start: Callable[[int, str, Path], int],
+    say: Callable[[str], None],
 ) -> list[Point]:
     """Make the runs that ``output`` does not hold yet, and read all of them.
 
     Args:
-        start: makes one audited run: (ranks, collective, run folder) -> exit code.
+        config_of: what such a run is made with: (ranks, collective, run folder).
+        start: makes one audited run -> exit code.
 
     Raises:
-        ConfigError: no two ranks to compare, or a number that cannot be.
-        CheckpointError: a run failed, or a folder holds half of one.
+        ConfigError: a number of ranks or a collective that cannot be.
+        CheckpointError: a run failed, or a folder holds half of one, or one of another config.
     """
     if not ranks or min(ranks) < 2:
         raise ConfigError(f"--ranks {','.join(map(str, ranks))}", "a run needs at least 2 ranks", "give numbers such as 3,5,9")
+    if unknown := set(collectives) - {"gather", "reduce"}:
+        raise ConfigError(f"--collectives {','.join(collectives)}", f"{sorted(unknown)} is not known", "give gather, reduce or both")
     points = []
     for number in ranks:
         for collective in collectives:
@@ -115,8 +128,22 @@ def study(
                     raise CheckpointError(
                         f"{number} ranks, {collective}", f"exit code {code}, see above", f"mend it, delete {folder} and start again"
                     )
-            points.append(point_of(read_audit(folder)))
+            audit = read_audit(folder)
+            _check_same(audit, number, config_of(number, collective, folder))
+            points.append(point_of(audit))
     return points
+
+
+def _check_same(audit: Audit, ranks: int, config: TrainConfig) -> None:
+    """Refuse a run that lies where another one should (raises CheckpointError)."""
+    found, wanted = settings.to_dict(audit.run.config), settings.to_dict(config)
+    different = [key for key in wanted if key != "run" and found[key] != wanted[key]]
+    if different or audit.ranks != ranks:
+        raise CheckpointError(
+            f"{ranks} ranks, {config.transport.collective}, from {audit.run.folder}",
+            f"a run of {audit.ranks} ranks" + (f" whose {different} differ" if different else ""),
+            "set --output to a folder of its own, or delete this one",
+        )
 
 
 def text(points: Sequence[Point]) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def hold_signals() -> None:
     """Keep SIGUSR1 waiting until a ``StopRequest`` takes it, also across a restart of this process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have this process sent that signal when the thread that started it ends, so that no rank outlives its launcher."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(_PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:

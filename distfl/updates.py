@@ -1,8 +1,9 @@
 """One client's update on the wire: a block for each unit.
 
-A block is a word with the header's length, a JSON header (round, client, unit, and per piece the number of its tensor
-in the unit, its region and weight), then the encoded values. Names, shapes and lengths are not in it: both sides have
-the unit and the codec. Everything is padded to words of 4 bytes; nothing is pickled.
+A block is a word that says the format's version, a checksum, the header's length, a JSON header (round, client, unit, and
+per piece the number of its tensor in the unit, its region and weight), then the encoded values. Codec, names, shapes and
+lengths are not in it: both sides have the unit and the codec, and the checksum depends on them too. Everything is padded
+to words of 4 bytes; nothing is pickled.
 
 A piece is one of the unit's shared tensors or a region of it, so with deltas its reference is always at hand.
 """
@@ -11,17 +12,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distfl.checksums import checksum
 from distfl.encoding import Encoding
 from distfl.errors import NotFinite, WireError
 from distfl.messages import Piece, Region
 from distfl.transport.base import WORD, pack, unpack
 from distfl.units import Unit
+
+FORMAT = int.from_bytes(b"dfl1", "little")  # first word of a block; other contents, another digit
+LEAD = 3  # words before the header
+LONGEST_REASON = 200  # characters
 
 
 def frame(
@@ -50,13 +58,14 @@ def frame(
     entries = [[numbers[piece.name], _region_to_json(piece.region), piece.weight] for piece in pieces]
     header = pack({"round": round, "client": client, "unit": unit.index, "pieces": entries})
     lengths = [encoding.codec.encoded_words(piece.values.shape) for piece in pieces]
-    end = 1 + len(header)
+    end = LEAD + len(header)
     block = np.empty(end + sum(lengths), WORD)
-    block[0], block[1:end] = len(header), header
+    block[0], block[2], block[LEAD:end] = FORMAT, len(header), header
     for piece, length in zip(pieces, lengths):
         residual = None if residuals is None else residuals[piece.name]
         _encode(encoding, piece, client, shared[piece.name], draws, residual, block[end : end + length])
         end += length
+    block[1] = block_checksum(encoding, block, unit)
     return block
 
 
@@ -78,52 +87,87 @@ def _encode(
         kept, place = _place(residual, piece.region)
         kept[place] += values
         values = kept[place]  # whole tensors: no copy
-    if not all(math.isfinite(end) for end in _ends(values)):
+    if not _finite(values):
         raise NotFinite(f"update of client {client}", f"{piece.name} is not finite", "lower training.learning_rate")
     out[:] = encoding.codec.encode(values, draws)
     if residual is not None:
         kept[place] -= encoding.codec.decode(out, tuple(values.shape))
 
 
-def unframe(encoding: Encoding, block: np.ndarray, round: int, client: int, unit: Unit, shared: Mapping[str, Tensor]) -> list[Piece]:
+def unframe(
+    encoding: Encoding, block: np.ndarray, round: int, client: int, unit: Unit, shared: Mapping[str, Tensor], most_weight: float
+) -> list[Piece]:
     """The pieces of a block, values in full also where deltas were sent.
+
+    Whatever the words are, the pieces are finite and lie inside the unit's tensors, each at most once. Memory stays below
+    the unit's tensors and 30 times the header, plus what the codec works with.
 
     Args:
         shared: by name, the tensors that the round started from.
+        most_weight: no piece may weigh more.
 
     Raises:
         WireError: the block is not what was expected.
     """
     try:
-        end = 1 + int(block[0])
-        header = unpack(block[1:end])
-        found = (header["round"], header["client"], header["unit"])
-        if found != (round, client, unit.index):
-            raise ValueError(f"it says round, client, unit {found}, expected {(round, client, unit.index)}")
-        pieces = []
-        for number, region, weight in header["pieces"]:
-            if not 0 <= number < len(unit.tensors):
-                raise ValueError(f"tensor {number} of {len(unit.tensors)}")
+        entries, end = _read_header(encoding, block, (round, client, unit.index), unit)
+        pieces: dict[int, Piece] = {}
+        for number, region, weight in entries:
+            if type(number) is not int or number in pieces or not 0 <= number < len(unit.tensors):
+                raise ValueError(f"tensor {number!r} of {len(unit.tensors)}, or for the second time")
             tensor = unit.tensors[number]
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{tensor.name} has the weight {weight}")
+            if type(weight) not in (int, float) or not 0 <= weight <= most_weight:
+                raise ValueError(f"{tensor.name} has the weight {weight!r}, of at most {most_weight}")
             where, shape = _region_from_json(region, tensor.shape)
             words = encoding.codec.encoded_words(shape)
             if words > len(block) - end:
                 raise ValueError(f"{tensor.name} should have {words} words, {len(block) - end} are left")
-            values = encoding.codec.decode(block[end : end + words], shape)
-            if encoding.deltas:
-                base, place = _place(shared[tensor.name], where)
-                values = values + base[place]
-            pieces.append(Piece(unit.index, tensor.name, where, values, float(weight)))
+            values = _decode(encoding, block[end : end + words], shape, shared[tensor.name], where)
+            if not _finite(values):
+                raise ValueError(f"{tensor.name} is not finite")
+            pieces[number] = Piece(unit.index, tensor.name, where, values, float(weight))
             end += words
         if end != len(block):
             raise ValueError(f"{len(block) - end} words belong to no piece")
-        return pieces
+        return list(pieces.values())
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise WireError(
-            f"a block of unit {unit.name} from client {client}", f"{type(error).__name__}: {error}", "report this: a message was garbled"
-        ) from None
+        found = f"{type(error).__name__}: {error}"[:LONGEST_REASON]  # it may quote the block
+        raise WireError(f"a block of unit {unit.name} from client {client}", found, "report this: a message was garbled") from None
+
+
+def _read_header(encoding: Encoding, block: np.ndarray, expected: tuple[int, int, int], unit: Unit) -> tuple[list, int]:
+    """The entries of all pieces, and where the values begin (raises what JSON raises, and ValueError)."""
+    if len(block) < LEAD or block[0] != FORMAT:
+        raise ValueError(f"its {block.nbytes} bytes do not begin like a block of this version")
+    if block[1] != block_checksum(encoding, block, unit):
+        raise ValueError("its checksum does not fit: it was garbled or cut short, or another codec or unit was meant")
+    end = LEAD + int(block[2])
+    header = unpack(block[LEAD:end])
+    found = (header["round"], header["client"], header["unit"])
+    if found != expected:
+        raise ValueError(f"it says round, client, unit {found}, expected {expected}")
+    return header["pieces"], end
+
+
+def _decode(encoding: Encoding, words: np.ndarray, shape: tuple[int, ...], reference: Tensor, region: Region) -> Tensor:
+    values = encoding.codec.decode(words, shape)
+    if not encoding.deltas:
+        return values
+    base, place = _place(reference, region)
+    return values + base[place]
+
+
+def block_checksum(encoding: Encoding, block: np.ndarray, unit: Unit) -> int:
+    """Of what a block says, and of what its reader must know besides."""
+    return checksum(block[2:], _layout(encoding, unit))
+
+
+@lru_cache(maxsize=2**12)
+def _layout(encoding: Encoding, unit: Unit) -> int:
+    """What both sides must agree on to read a block's values, as a number: codec, options, deltas, names and shapes."""
+    codec = encoding.codec
+    tensors = [[tensor.name, tensor.shape] for tensor in unit.tensors]
+    return checksum(pack([type(codec).__name__, asdict(codec.options), encoding.deltas, tensors]))
 
 
 def _place(tensor: Tensor, region: Region) -> tuple[Tensor, Any]:
@@ -135,9 +179,9 @@ def _place(tensor: Tensor, region: Region) -> tuple[Tensor, Any]:
     return tensor.view(-1), torch.as_tensor(region)
 
 
-def _ends(values: Tensor) -> tuple[Tensor, ...]:
-    """Least and largest value, without a tensor of their size; nothing of nothing."""
-    return torch.aminmax(values) if values.numel() else ()
+def _finite(values: Tensor) -> bool:
+    """Whether all are numbers; makes no tensor of their size."""
+    return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 
 def _region_to_json(region: Region) -> Any:
@@ -156,7 +200,7 @@ def _region_from_json(region: Any, full_shape: tuple[int, ...]) -> tuple[Region,
     if len(axes) != len(limits):
         raise ValueError(f"a region of {len(axes)} axes of a tensor of shape {full_shape}")
     for axis, limit in zip(axes, limits):
-        if not all(isinstance(index, int) and 0 <= index < limit for index in axis):
-            raise ValueError(f"a region outside of {full_shape}")
+        if not all(type(index) is int and 0 <= index < limit for index in axis) or len(set(axis)) < len(axis):
+            raise ValueError(f"a region outside of {full_shape}, or a place twice in it")
     indices = tuple(np.array(axis, np.int64) for axis in axes)
     return (indices if pair else indices[0]), tuple(len(axis) for axis in axes)

@@ -1,6 +1,7 @@
 """Codecs and their frame: what goes in comes out, and whatever arrives damaged is a WireError."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from distfl.messages import Piece
 from distfl.model import ModelSpec
 from distfl.transport.base import WORD, pack, unpack
 from distfl.units import TensorSpec, Unit, UnitTable, Window
-from distfl.updates import frame, unframe
+from distfl.updates import LEAD, block_checksum, frame, unframe
 
 CODECS = sorted(path.stem for path in Path(distfl.codecs.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 LOSSY = [name for name in CODECS if name != "exact"]
-UNBIASED = ["bf16", "int8", "int4"]
+UNBIASED = ["bf16", "int8", "int4", "int2"]
 OPTIONS = {"top_k": [{}, {"values": "fp32"}, {"density": 1e-3}, {"density": 0.5}, {"density": 1.0, "values": "fp32"}]}
 EVERY = [(name, options) for name in CODECS for options in OPTIONS.get(name, [{}])]
 EXACT = Encoding()
 UNIT = Unit(2, "block.1", (TensorSpec("a", (2, 3), 0), TensorSpec("b", (4,), 6)))
-ROUND, CLIENT = 5, 3
+ROUND, CLIENT, MOST_WEIGHT = 5, 3, 1e12
 
 
 def draws(seed: int = 1) -> np.random.Generator:
@@ -57,16 +58,26 @@ def block(pieces=PIECES, encoding: Encoding = EXACT, shared=None) -> np.ndarray:
 
 
 def read(block: np.ndarray, round: int = ROUND, client: int = CLIENT, unit: Unit = UNIT, encoding: Encoding = EXACT, shared=None):
-    return unframe(encoding, block, round, client, unit, shared or zeros(unit))
+    return unframe(encoding, block, round, client, unit, shared or zeros(unit), MOST_WEIGHT)
 
 
 def rebuilt(change) -> np.ndarray:
-    """A block whose header was changed and packed again."""
+    """A block whose header was changed and packed again, with a checksum that fits."""
     good = block()
-    header = unpack(good[1 : 1 + good[0]])
+    header = unpack(good[LEAD : LEAD + good[2]])
     change(header)
-    words = pack(header)
-    return np.concatenate([np.array([len(words)], WORD), words, good[1 + good[0] :]])
+    return with_header(pack(header), good[LEAD + good[2] :])
+
+
+def with_header(header: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return resealed(np.concatenate([block()[:2], np.array([len(header)], WORD), header, values]))
+
+
+def resealed(block: np.ndarray, encoding: Encoding = EXACT) -> np.ndarray:
+    """With a checksum that fits."""
+    if len(block) >= LEAD:
+        block[1] = block_checksum(encoding, block, UNIT)
+    return block
 
 
 def assert_same(found: list[Piece], sent: list[Piece]) -> None:
@@ -151,8 +162,8 @@ def test_a_block_is_made_of_words(name):
 
 def test_exact_sends_four_bytes_a_value_and_the_header():
     made = block()
-    assert made.nbytes == 4 + 4 * int(made[0]) + 4 * (6 + 4)
-    assert json.loads(made[1 : 1 + made[0]].tobytes())["unit"] == 2
+    assert made.nbytes == 3 * 4 + 4 * int(made[2]) + 4 * (6 + 4)
+    assert json.loads(made[LEAD : LEAD + made[2]].tobytes())["unit"] == 2
 
 
 @pytest.mark.parametrize("name, options, share", [("exact", {}, 1e-3), ("int8", {}, 2e-3), ("int4", {}, 3e-3), ("top_k", {}, 5e-3)])
@@ -178,6 +189,8 @@ def test_every_truncation_is_refused():
     for length in range(len(whole)):
         with pytest.raises(WireError):
             read(whole[:length])
+        with pytest.raises(WireError):
+            read(resealed(whole[:length].copy()))
 
 
 NUMBER, REGION, WEIGHT = range(3)  # entries of a piece in the header
@@ -211,10 +224,13 @@ def test_an_untouched_header_is_accepted():
         pytest.param(changed(NUMBER, -1), id="a tensor from the end"),
         pytest.param(changed(NUMBER, 1), id="another tensor"),
         pytest.param(changed(NUMBER, 0.0), id="a number that is not whole"),
+        pytest.param(changed(NUMBER, False), id="a truth for a number"),
+        pytest.param(lambda h: h.update(pieces=[h["pieces"][1]] * 2 + h["pieces"][:1]), id="a tensor twice"),
         pytest.param(changed(NUMBER, "a"), id="a name"),
         pytest.param(changed(NUMBER, []), id="a list for a tensor"),
         pytest.param(changed(WEIGHT, "heavy"), id="a weight in words"),
         pytest.param(changed(WEIGHT, None), id="no weight"),
+        pytest.param(changed(WEIGHT, True), id="a truth for a weight"),
         pytest.param(changed(WEIGHT, 10**400), id="a weight beyond floats"),
         pytest.param(changed(WEIGHT, float("nan")), id="a weight that is not a number"),
         pytest.param(changed(WEIGHT, float("inf")), id="an infinite weight"),
@@ -223,6 +239,9 @@ def test_an_untouched_header_is_accepted():
         pytest.param(changed(REGION, [0, 1, 2, 3, 4, 6]), id="a position past the end"),
         pytest.param(changed(REGION, [0, 1, 2, 3, 4, -1]), id="a position before the start"),
         pytest.param(changed(REGION, [0.5, 1, 2, 3, 4, 5]), id="half a position"),
+        pytest.param(changed(REGION, [False, True, 2, 3, 4, 5]), id="truths for positions"),
+        pytest.param(changed(REGION, [0, 1, 2, 3, 4, 4]), id="a position twice"),
+        pytest.param(changed(REGION, [[0, 1], [2, 2, 1]]), id="a column twice"),
         pytest.param(changed(REGION, {"x": 1}), id="a region that is a mapping"),
         pytest.param(changed(REGION, 7), id="a region that is a number"),
         pytest.param(changed(REGION, "012345"), id="a region that is a text"),
@@ -237,16 +256,43 @@ def test_a_garbled_header_is_refused(change):
 
 
 def test_a_deeply_nested_header_is_refused():
-    words = np.frombuffer(b"[" * 40_000, WORD)
-    with pytest.raises(WireError):
-        read(np.concatenate([np.array([len(words)], WORD), words]))
+    with pytest.raises(WireError, match="Recursion"):
+        read(with_header(np.frombuffer(b"[" * 40_000, WORD), np.empty(0, WORD)))
+
+
+def test_a_long_quotation_from_a_block_is_cut():
+    with pytest.raises(WireError) as refusal:
+        read(rebuilt(lambda header: header.update(round="x" * 10_000)))
+    assert "it says round" in refusal.value.found and len(refusal.value.found) <= 200
+
+
+def test_a_piece_heavier_than_the_client_may_be_is_refused():
+    assert unframe(EXACT, block(), ROUND, CLIENT, UNIT, zeros(), 7.5)[0].weight == 7.5
+    with pytest.raises(WireError, match="weight"):
+        unframe(EXACT, block(), ROUND, CLIENT, UNIT, zeros(), 7.4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    words = block()
+    words[-1] = np.float32(value).view(WORD)
+    with pytest.raises(WireError, match="b is not finite"):
+        read(resealed(words))
+
+
+def test_a_sum_of_delta_and_reference_that_overflows_is_refused():
+    how, large = Encoding(deltas=True), {"a": torch.full((2, 3), 3e38), "b": torch.zeros(4)}
+    sent = frame(how, [piece("a", None, torch.full((2, 3), 3e38))], ROUND, CLIENT, UNIT, zeros(), draws())
+    assert read(sent, encoding=how)[0].values[0, 0] == np.float32(3e38)
+    with pytest.raises(WireError, match="a is not finite"):
+        read(sent, encoding=how, shared=large)
 
 
 def test_random_damage_is_a_wire_error_or_a_well_formed_piece():
-    """5 000 blocks with bytes or words changed, cut out or repeated."""
+    """5 000 blocks with bytes or words changed, cut out or repeated, and a checksum that fits."""
     rng, refused = random.Random(1), 0
     whole = block([PIECES[0], piece("b", np.array([0, 3]), torch.tensor([1.0, 2.0]))])
-    header_bytes = 4 * (1 + int(whole[0]))
+    header_bytes = 4 * (LEAD + int(whole[2]))
     for _ in range(5000):
         damaged = bytearray(whole.tobytes())
         kind = rng.randrange(4)
@@ -255,7 +301,7 @@ def test_random_damage_is_a_wire_error_or_a_well_formed_piece():
                 damaged[rng.randrange(header_bytes)] = rng.randrange(256)
         elif kind == 1:
             for _ in range(rng.randint(1, 3)):
-                damaged[rng.randrange(4, header_bytes)] = rng.choice(b'0123456789,:[]{}"-.eE nulltruefalse')
+                damaged[rng.randrange(4 * LEAD, header_bytes)] = rng.choice(b'0123456789,:[]{}"-.eE nulltruefalse')
         elif kind == 2:
             start = 4 * rng.randrange(len(damaged) // 4)
             del damaged[start : start + 4 * rng.randint(1, 5)]
@@ -263,7 +309,7 @@ def test_random_damage_is_a_wire_error_or_a_well_formed_piece():
             start = 4 * rng.randrange(len(damaged) // 4)
             damaged[start : start + 4] = rng.randbytes(4 * rng.randint(1, 5))
         try:
-            pieces = read(np.frombuffer(bytes(damaged), WORD).copy())
+            pieces = read(resealed(np.frombuffer(bytes(damaged), WORD).copy()))
         except WireError:
             refused += 1
             continue
@@ -350,8 +396,15 @@ def test_bytes_by_hand():
     words = {name: load_codec(name, {}).encoded_words((10, 20)) for name in CODECS}
     # 200 values: 800 bytes | 400 | 10 scales of 2 bytes, 200 | 20, 100 | 20 values of 2 bytes, 3 planes of 20 bits = 3 * 3 bytes,
     # 20 + (199 >> 3) = 44 bits of the unary part = 6 bytes: 55 bytes, 14 words
-    assert words == {"exact": 200, "bf16": 100, "int8": 55, "int4": 30, "top_k": 14}
-    assert {name: load_codec(name, {}).encoded_words(()) for name in CODECS} == {"exact": 1, "bf16": 1, "int8": 1, "int4": 1, "top_k": 1}
+    assert words == {"exact": 200, "bf16": 100, "int8": 55, "int4": 30, "int2": 18, "top_k": 14}
+    assert {name: load_codec(name, {}).encoded_words(()) for name in CODECS} == {
+        "exact": 1,
+        "bf16": 1,
+        "int8": 1,
+        "int4": 1,
+        "int2": 1,
+        "top_k": 1,
+    }
     assert all(load_codec(name, options).encoded_words(shape) == 0 for name, options in EVERY for shape in ((0,), (3, 0), (0, 3)))
 
 
@@ -431,6 +484,8 @@ GARBAGE = {
     "int8: padding": ("int8", {}, (1,), [0x01003F80]),
     "int4: -8": ("int4", {}, (1,), [0x00083F80]),
     "int4: half a byte of padding": ("int4", {}, (1,), [0x00103F80]),
+    "int2: -2": ("int2", {}, (1,), [0x00023F80]),
+    "int2: a quarter of a byte of padding": ("int2", {}, (1,), [0x00043F80]),
     "top_k: no position": ("top_k", {"density": 0.5}, (2,), [0x00003F80]),
     "top_k: two positions for one": ("top_k", {"density": 0.5}, (2,), [0x03003F80]),
     "top_k: an infinite value": ("top_k", {"density": 0.5}, (2,), [0x01007F80]),
@@ -450,7 +505,8 @@ def test_what_no_encoder_writes_is_refused(name, options, shape, words):
 def test_damaged_values_of_a_block_are_a_wire_error():
     how = encoding("int8")
     made = block(encoding=how)
-    made[1 + int(made[0])] = 0  # the scales of both rows
+    made[LEAD + int(made[2])] = 0  # the scales of both rows
+    resealed(made, how)
     with pytest.raises(WireError, match="a scale is out of range"):
         read(made, encoding=how)
 
@@ -461,7 +517,7 @@ def test_damaged_values_of_a_block_are_a_wire_error():
 @pytest.mark.parametrize(
     "config, text",
     [
-        ({"codec": "int9"}, "known codecs are bf16, exact, int4, int8, top_k"),
+        ({"codec": "int9"}, "known codecs are bf16, exact, int2, int4, int8, top_k"),
         ({"codec": "base"}, "known codecs"),
         ({"codec": "../x"}, "known codecs"),
         ({"codec": "int8", "codec_options": {"density": 0.1}}, "unknown"),
@@ -567,8 +623,6 @@ def test_all_that_was_sent_and_the_residual_are_all_that_changed(name, options, 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", CODECS)
 def test_what_is_not_finite_is_not_sent(name, value):
-    if name == "exact":
-        return
     with pytest.raises(NotFinite, match="a is not finite"):
         block([piece("a", None, torch.full((2, 3), value))], encoding(name))
 

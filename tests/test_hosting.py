@@ -14,6 +14,7 @@ from distfl.caps.cgroup import open_cgroup
 from distfl.caps.rlimit import Report
 from distfl.config import FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
 from distfl.errors import CapError, NotFinite
+from distfl.exchange import Gather
 from distfl.features import FeatureFile
 from distfl.messages import Assignment, Piece
 from distfl.methods.caff import Caff, Options
@@ -21,6 +22,7 @@ from distfl.model import ModelSpec, initial_tensors
 from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.transport.local import group
+from distfl.updates import LEAD
 
 SPEC = ModelSpec(depth=3, width=16, heads=2, context=8, vocabulary=40)
 CONFIG = TrainConfig(FleetConfig((GroupConfig("all", 10, share=1.0),)), TrainingConfig(batch=2, steps=2, learning_rate=1e-2))
@@ -126,7 +128,37 @@ def test_an_update_that_cannot_be_kept_is_left_out(state):
 
     blocks, report = hosting.host(made, Report(), assignment(made, 1), keep)
     assert not any(map(len, blocks))
-    assert (report.ok, report.cause, report.reason, report.upload_bytes) == (False, "not_finite", "too large", 0)
+    assert (report.ok, report.cause, report.reason, report.upload_bytes) == (
+        False,
+        "not_finite",
+        "a sum: too large; lower the learning rate",
+        0,
+    )
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_garbled_block_is_a_result_sends_nothing_and_leaves_the_residuals(state, tmp_path, monkeypatch, feedback):
+    made = state(config=by("top_k" if feedback else "int8", tmp_path))
+    plain = hosting.frame
+
+    def frame(*arguments):
+        block = plain(*arguments)
+        if len(block) and arguments[4].name == "head":
+            block[-1] ^= 1
+        return block
+
+    monkeypatch.setattr(hosting, "frame", frame)
+    order = assignment(made, 1)
+    blocks, report = hosting.host(made, Report(), order, Gather(made, 3.0).keep)
+    failed(made, blocks, report, "bad_message")
+    assert "a block of unit head from client 0" in report.reason
+    monkeypatch.setattr(hosting, "frame", plain)
+    if feedback:
+        assert not list((tmp_path / "run").glob("residuals/client-*/unit-*"))
+    blocks, report = hosting.host(made, Report(), order, Gather(made, 3.0).keep)
+    assert report.ok and any(map(len, blocks))
+    if feedback:
+        assert list((tmp_path / "run").glob("residuals/client-*/unit-*"))
 
 
 def test_the_report_says_what_was_planned_and_done(state):
@@ -223,7 +255,7 @@ def test_what_is_sent_is_what_was_planned_and_near_what_was_trained(state, tmp_p
     blocks, report = hosting.host(made, Report(), order)
     values = values_of(made, blocks)
     assert report.ok and values.keys() == trained.keys()
-    headers = sum(4 * (1 + int(block[0])) for block in blocks if len(block))
+    headers = sum(4 * (LEAD + int(block[2])) for block in blocks if len(block))
     assert report.upload_bytes - headers == made.costs.upload_bytes(order.window) <= made.table.window_bytes(order.window)
     change = max(float((trained[name] - made.replica.tensors[name]).abs().max()) for name in trained)
     for name in trained:

@@ -14,10 +14,10 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 
 # Lower lines may import upper lines, and within a line the right may import the left; never the reverse.
 ORDER = """
-    errors signals seeds files allocator settings config launching run_folder links
+    errors signals seeds files allocator forking parent settings config launching torchrun starting run_folder links
     model units shards corpora partition family huggingface optimizers replica
     frozen recipes messages
-    transport.base transport.local transport.mpi transport.torch_dist
+    transport.base checksums transport.local transport.mpi transport.torch_dist
     codecs.base codecs.bf16 codecs.int8 codecs.*
     encoding updates residuals
     costs fleet planner lora
@@ -77,7 +77,7 @@ MODULES = [module for module, path in FILES.items() if path.name != "__init__.py
 def test_every_module_has_its_place():
     for module in MODULES:
         place(module)
-    named = [name for name in ORDER.split() if not name.endswith("*") and name != "transport.torch_dist"]
+    named = [name for name in ORDER.split() if not name.endswith("*")]
     assert {f"distfl.{name}" for name in named} <= set(MODULES)
 
 
@@ -101,9 +101,9 @@ def test_only_the_mpi_transport_imports_mpi4py():
     assert using == ["distfl.transport.mpi"]
 
 
-def test_only_the_torch_transport_may_import_torch_distributed():
+def test_only_the_torch_transport_and_its_launcher_import_torch_distributed():
     using = {module for module, path in FILES.items() if any(name.startswith("torch.distributed") for name in everything(path))}
-    assert using <= {"distfl.transport.torch_dist"}
+    assert using == {"distfl.transport.torch_dist", "distfl.torchrun"}
 
 
 def test_only_the_outside_imports_rounds():

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import tomllib
@@ -248,6 +249,7 @@ def test_launchers_pass_arguments_and_exit_code_on(launchers, tmp_path):
     quickstart = re.escape(f"distfl in {tmp_path}: [train] [--ranks] [9] [{config}] [run.folder=runs/quickstart-")
     assert re.fullmatch(quickstart + r"[\d-]+\] \[run\.folder=a b\]", told("launch/quickstart", "run.folder=a b"))
     assert told("launch/mpirun", "4", "plan", "x.yaml") == f"distfl in {tmp_path}: [plan] [x.yaml] [--ranks] [4]"
+    assert told("launch/torchrun", "4", "train", "x.yaml") == f"distfl in {tmp_path}: [train] [x.yaml] [transport.name=torch] [--ranks] [4]"
     assert told("launch/check") == f"distfl in {tmp_path}: [doctor]"
     assert told("launch/test", "-k", "a b") == f"python in {launchers}: [-m] [pytest] [-k] [a b]"
     assert told("launch/test", CI="true") == f"python in {launchers}: [-m] [pytest] [--color=no] [-p] [no:cacheprovider]"
@@ -259,9 +261,10 @@ def test_launchers_work_through_a_link(launchers, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["train", "x.yaml"], ["-4", "train"]])
-def test_mpirun_wants_a_number_first(launchers, tmp_path, arguments):
-    result = run([launchers / "launch" / "mpirun", *arguments], tmp_path)
-    assert result.returncode == 2 and result.stdout.startswith("usage: launch/mpirun RANKS")
+@pytest.mark.parametrize("name", ["mpirun", "torchrun"])
+def test_a_launcher_wants_a_number_first(launchers, tmp_path, name, arguments):
+    result = run([launchers / "launch" / name, *arguments], tmp_path)
+    assert result.returncode == 2 and result.stdout.startswith(f"usage: launch/{name} RANKS")
 
 
 def test_ci_runs_the_tests_from_anywhere(launchers, tmp_path):
@@ -443,10 +446,21 @@ def test_batch_config_is_found_from_both_places(batch):
     assert missing.returncode == 2 and f"no file {batch.home}/none.yaml" in missing.stdout
 
 
-@pytest.mark.parametrize("argument", ["run.folder=x", "--ranks=4", "--resume"])
+@pytest.mark.parametrize("argument", ["run.folder=x", "transport.name=local", "--ranks=4", "--resume"])
 def test_batch_keeps_its_own_arguments(batch, argument):
     result = batch.run(argument, FAKE="finish")
     assert result.returncode == 2 and argument in result.stdout and "distfl:" not in result.stdout
+
+
+def test_batch_with_torch_has_srun_start_the_ranks(batch):
+    script(batch.bin / "srun", 'printf "srun %s:%s" "$MASTER_ADDR" "$MASTER_PORT"; printf " [%s]" "$@"; echo; exec "${@:5}"')
+    result = batch.run("a=b c", FAKE="finish", TRANSPORT="torch")
+    assert result.returncode == 0 and "finished: " in result.stdout
+    assert f"srun {socket.gethostname()}:10012 [--mpi=none] [--ntasks=3] [--distribution=block] [--kill-on-bad-exit=1]" in result.stdout
+    config = f"{batch.home}/configs/quickstart.yaml"
+    assert f"distfl: [train] [{config}] [run.folder={batch.run_folder}] [a=b c] [transport.name=torch]" in result.stdout
+    unknown = batch.run(TRANSPORT="tcp", RUN_FOLDER="other")
+    assert unknown.returncode == 2 and "use mpi or torch" in unknown.stdout
 
 
 def test_batch_outside_slurm(batch):

@@ -192,8 +192,9 @@ def submit_smoke(slurm: Slurm, folder: Path, rounds: int, **variables: str) -> t
 
 @needs_distfl
 @pytest.mark.mpi
-def test_smoke_run_completes(slurm, here):
-    job, run_folder, log = submit_smoke(slurm, here, 2)
+@pytest.mark.parametrize("transport", ["mpi", "torch"])
+def test_smoke_run_completes(slurm, here, transport):
+    job, run_folder, log = submit_smoke(slurm, here, 2, TRANSPORT=transport)
     fields = slurm.wait(job, 240)
     assert fields["JobState"] == "COMPLETED", log.read_text()
     assert (run_folder / "finished").exists()
@@ -201,8 +202,9 @@ def test_smoke_run_completes(slurm, here):
 
 @needs_distfl
 @pytest.mark.mpi
-def test_smoke_run_checkpoints_requeues_and_finishes(slurm, here):
-    job, run_folder, log = submit_smoke(slurm, here, ROUNDS)
+@pytest.mark.parametrize("transport", ["mpi", "torch"])
+def test_smoke_run_checkpoints_requeues_and_finishes(slurm, here, transport):
+    job, run_folder, log = submit_smoke(slurm, here, ROUNDS, TRANSPORT=transport)
     wait_for(lambda: rounds_of(run_folder), 120, lambda: log.read_text() if log.exists() else "no log")
     slurm.ask_for_checkpoint(job)
     fields = slurm.wait(job, 400)

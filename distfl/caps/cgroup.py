@@ -11,7 +11,6 @@ works, and hands buffers and facts back through a pipe. The rank itself is never
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -30,10 +29,10 @@ import torch
 from distfl.allocator import fresh_heap
 from distfl.caps.base import Measured, MemoryCap, Outcome, Work
 from distfl.errors import CapError
+from distfl.signals import end_with_parent
 
 FOLDER = "DISTFL_CGROUP"
 LEFT_AFTER_SECONDS = 60
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OUTER_LIMIT_BYTES = 2**20  # a client killed further below its limit than this was not killed by it
 NEVER_JOINED, NEVER_BEGAN = 2**64 - 1, 2**64 - 2  # in place of a baseline
 _BASELINE = struct.Struct("<Q")
@@ -78,7 +77,7 @@ class Cgroup(MemoryCap):
             code = 1
             try:
                 os.close(readable)
-                _die_with_the_rank()
+                end_with_parent()  # a client whose rank is killed must not train on as an orphan
                 code = self._be_the_client(group, budget_bytes - charged_bytes, work, settle, writable)
             finally:
                 os._exit(code)  # whatever happens, the child is never the rank: neither MPI nor the exit handlers are its own
@@ -144,11 +143,6 @@ class Cgroup(MemoryCap):
                 return 1
 
 
-def _die_with_the_rank() -> None:
-    """A client whose rank is killed must not train on as an orphan."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _pack(outcome: Outcome) -> Iterator[bytes | memoryview]:
     """What goes through the pipe; the buffers as they are, for a copy would be the client's memory."""
     shapes = [(block.dtype.str, block.nbytes) for block in outcome.blocks]
@@ -166,7 +160,7 @@ def _unpack(sent: bytes) -> Outcome:
     facts, shapes = json.loads(sent[_HEAD.size : _HEAD.size + text])
     place, blocks = _HEAD.size + text, []
     for kind, bytes_ in shapes:
-        blocks.append(np.frombuffer(sent[place : place + bytes_], kind))  # a copy of its own: aligned
+        blocks.append(np.frombuffer(sent, np.uint8, bytes_, place).copy().view(kind))  # a copy is aligned, and may be written to
         place += bytes_
     return Outcome(blocks, facts)
 

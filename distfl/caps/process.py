@@ -35,17 +35,25 @@ def reset_high_water() -> None:
 
 
 class Peak:
-    """Most memory that this process held during some stretches of work, above what it held when this was made."""
+    """Most memory that this process held during some stretches of work, above what it held when this was made.
+
+    ``bytes`` is None where high-water marks cannot be reset: it measures, it guards nothing.
+    """
 
     def __init__(self) -> None:
-        self._before, self.bytes = resident_bytes(), 0
+        self._before = resident_bytes()
+        self.bytes: int | None = 0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """One stretch (raises CapError where high-water marks cannot be reset)."""
-        reset_high_water()
+        """One stretch."""
+        try:
+            reset_high_water()
+        except CapError:
+            self.bytes = None
         yield
-        self.bytes = max(self.bytes, high_water_bytes() - self._before)
+        if self.bytes is not None:
+            self.bytes = max(self.bytes, high_water_bytes() - self._before)
 
 
 def _status(key: str) -> int:

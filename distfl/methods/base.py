@@ -165,7 +165,10 @@ class Method(ABC):
         yield freeze_outside(model, assignment.window, self.trains)
 
     def collect(self, tensors: dict[str, Tensor], assignment: Assignment, unit: Unit) -> list[Piece]:
-        """The pieces of one unit to send; default: the whole tensors of units in the window."""
+        """The pieces of one unit to send; default: the whole tensors of units in the window.
+
+        A tensor comes in one piece at most, none of its places twice, no heavier than the assignment: else it is refused.
+        """
         if unit.index not in assignment.window:
             return []
         return [Piece(unit.index, tensor.name, None, tensors[tensor.name], assignment.weight) for tensor in unit.tensors]

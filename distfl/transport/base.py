@@ -23,7 +23,7 @@ class Ledger:
     """Bytes that this rank handed to (``sent``) and took from (``received``) the transport, by purpose.
 
     Args:
-        direct: destination -> bytes that went from this rank to it in one message each, over the whole run.
+        direct: destination -> bytes that went from this rank straight to it, over the whole run.
         broadcast_bytes: of all broadcasts of the whole run. Which rank hands them on to which is the library's choice.
     """
 
@@ -81,8 +81,15 @@ class Arrived:
 
 
 class Transport(ABC):
-    """Verbs among ranks 0 (the server) to size - 1."""
+    """Verbs among ranks 0 (the server) to size - 1.
 
+    Args:
+        name: as ``transport.name`` says it.
+        library: what moves the bytes, with its version.
+    """
+
+    name: str
+    library: str
     rank: int
     size: int
     ledger: Ledger
@@ -125,6 +132,10 @@ class Transport(ABC):
     @abstractmethod
     def sum(self, array: np.ndarray) -> None:
         """Replace every rank's float32 array by the sum over all ranks."""
+
+    def leave(self, code: int) -> int:
+        """End of this rank's part, after its last transfer: what it is to exit with, given what it would."""
+        return code
 
     @abstractmethod
     def abort(self, code: int) -> NoReturn:

@@ -44,6 +44,8 @@ class _Letter:
 class LocalTransport(Transport):
     """One of the endpoints that ``group`` makes."""
 
+    name, library = "local", "threads of one process"
+
     def __init__(self, rank: int, size: int, meeting: _Meeting):
         self.rank, self.size, self.ledger, self._meeting = rank, size, Ledger(), meeting
         self._has_turn = False

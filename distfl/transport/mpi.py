@@ -2,7 +2,7 @@
 
 Every transfer is started in its non-blocking form and tested with growing sleeps, so that with
 more ranks than cores the ranks that wait leave the cores to those that train. The only module that
-imports mpi4py.
+imports mpi4py. MPI itself starts in ``world``: this module may be loaded before a rank is forked.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import mpi4py
 import numpy as np
-from mpi4py import MPI
 
-from distfl.errors import TransportError
-from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+from mpi4py import MPI  # noqa: E402
+
+from distfl.errors import TransportError  # noqa: E402
+from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack  # noqa: E402
 
 EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is there by then
 LONGEST_SLEEP_SECONDS = 2e-3
@@ -53,6 +56,8 @@ class MpiTransport(Transport):
     Raises:
         TransportError: fewer ranks than ``smallest``.
     """
+
+    name = "mpi"
 
     def __init__(self, comm: MPI.Intracomm, smallest: int):
         self.comm, self.rank, self.size, self.ledger = comm, comm.rank, comm.size, Ledger()
@@ -135,19 +140,21 @@ class MpiTransport(Transport):
         self.comm.Abort(code)
         raise SystemExit(code)
 
+    @property
+    def library(self) -> str:
+        """Name and version of the MPI library."""
+        return MPI.Get_library_version().split(",")[0].strip()
+
     def _count_direct(self, destination: int, bytes_: int, purpose: str) -> None:
         self.ledger.direct[destination] += bytes_
         self.ledger.add(purpose, sent=bytes_)
 
 
 def world(smallest: int) -> MpiTransport:
-    """All ranks that the launcher started."""
+    """All ranks that the launcher started; MPI starts here."""
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     return MpiTransport(MPI.COMM_WORLD, smallest)
-
-
-def library() -> str:
-    """Name and version of the MPI library."""
-    return MPI.Get_library_version().split(",")[0].strip()
 
 
 def _typed(array: np.ndarray) -> list:

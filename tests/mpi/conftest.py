@@ -81,7 +81,7 @@ def config(tmp_path, corpus, family):
     return path
 
 
-def _hear_sigint() -> None:
+def hear_sigint() -> None:
     """A shell starts what it sends to the background with SIGINT ignored; what is tested here must hear it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -95,7 +95,7 @@ class Distfl:
     def start(self, *arguments: str, ranks: int | None = None, program: list[str] | None = None) -> subprocess.Popen:
         command = [*(program or [sys.executable, "-m", "distfl"]), *map(str, arguments), *(["--ranks", str(ranks)] if ranks else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=_hear_sigint)
+        return subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hear_sigint)
 
     def __call__(
         self, *arguments: str, ranks: int | None = None, timeout: float = 120, program: list[str] | None = None

@@ -6,6 +6,8 @@ import json
 import pytest
 from test_links_mpi import has_monitoring
 
+from distfl.audit import read_audit
+
 pytestmark = [
     pytest.mark.mpi,
     pytest.mark.timeout(240),
@@ -42,10 +44,41 @@ def test_a_byte_that_nobody_counted_is_named(distfl, config, tmp_path):
     assert done.returncode == 1
     assert "link 2 -> 0: +4 bytes" in done.stdout and "unexplained: 4 bytes" in done.stdout
     ledger["direct"]["0"] += 4
-    ledger["sent"]["reports"] += 8
     path.write_text(json.dumps(ledger))
-    done = distfl("audit", tmp_path / "run")
-    assert done.returncode == 1 and "unexplained: 8 bytes" in done.stdout
+
+    def junk_report(audit):  # sender, receiver and links agree on it, but no report is that long
+        audit.ledgers[2]["sent"]["reports"] += 1000
+        audit.ledgers[2]["direct"]["0"] += 1000
+        audit.ledgers[0]["received"]["reports"] += 1000
+        audit.links[2, 0] += 1000
+
+    def longer_orders(audit):
+        for rank, ledger in enumerate(audit.ledgers):
+            ledger["received" if rank else "sent"]["orders"] += 10_000
+            ledger["broadcast_bytes"] += 10_000
+            if rank:
+                audit.links[0, rank] += 10_000
+
+    def first(audit, way):
+        return next(iter(audit.traffic[1]["payload"][way].values()))
+
+    faults = [
+        (lambda audit: None, 0),
+        (lambda audit: first(audit, "up").update(head=first(audit, "up")["head"] + 100), 300),  # reports, rounds.jsonl, MPI
+        (lambda audit: first(audit, "down").update(first=first(audit, "down")["first"] - 8), 16),  # recomputed, rounds.jsonl
+        (lambda audit: first(audit, "down").update({"block.1": 50}), 100),
+        (lambda audit: audit.run.rounds[1].update(download_bytes=audit.run.rounds[1]["download_bytes"] - 7), 7),
+        (lambda audit: audit.run.clients[0].update(predicted_upload_bytes=audit.run.clients[0]["predicted_upload_bytes"] - 10**6), None),
+        (lambda audit: audit.run.rounds[1]["contributors"].update(head=0), None),
+        (junk_report, 1000),
+        (longer_orders, None),
+        (lambda audit: audit.ledgers[0]["received"].update(other=12), 12),
+        (lambda audit: audit.links.update({(1, 2): 9}), 9),
+    ]
+    for plant, unexplained in faults:
+        audit = read_audit(tmp_path / "run")
+        plant(audit)
+        assert audit.unexplained_bytes == unexplained if unexplained is not None else audit.unexplained_bytes > 5000
     path.unlink()
     done = distfl("audit", tmp_path / "run")
     assert done.returncode == 2 and "ledgers of 3 ranks" in done.stderr
@@ -54,7 +87,9 @@ def test_a_byte_that_nobody_counted_is_named(distfl, config, tmp_path):
 def test_an_audit_needs_ranks_and_a_new_folder(distfl, config, tmp_path):
     assert "no --ranks" in distfl("audit", config).stderr
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes").write_text("mine")
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    assert "rounds=1" in distfl("audit", tmp_path / "run", "rounds=1").stderr  # what was run is run
+    (tmp_path / "run" / "manifest.json").rename(tmp_path / "run" / "notes")
     done = distfl("audit", config, ranks=3)
     assert done.returncode == 2 and "not empty" in done.stderr and "mpirun" not in done.stderr
 
@@ -72,5 +107,11 @@ def test_a_scaling_study_grows_by_gather_and_stays_by_reduce(distfl, config, tmp
     assert 0.99 < into["reduce", 5] / into["reduce", 3] < 1.01
     assert (tmp_path / "study" / "scaling.png").stat().st_size > 10_000
     again = distfl(*arguments, "--ranks", "3,5")  # what lies there is kept
-    assert again.returncode == 0 and "starting" not in again.stderr
+    assert again.returncode == 0 and "ranks, gather" not in again.stderr
+    other = distfl(*arguments, "training.steps=3", "--ranks", "3,5")
+    assert other.returncode == 2 and "['training'] differ" in other.stderr
+    (tmp_path / "study" / "gather-003").rename(tmp_path / "study" / "reduce-004")
+    assert "3 ranks" in distfl(*arguments, "--ranks", "4", "--collectives", "reduce").stderr
     assert "at least 2 ranks" in distfl(*arguments, "--ranks", "1").stderr
+    assert "3,x" in distfl(*arguments, "--ranks", "3,x").stderr
+    assert "scatter" in distfl(*arguments, "--ranks", "3", "--collectives", "scatter").stderr

@@ -26,7 +26,7 @@ def test_local_and_2_4_and_9_ranks_give_the_same_model_bit_for_bit(distfl, confi
 
 def test_fixed_sums_give_the_same_model_bit_for_bit_on_any_ranks(distfl, config, tmp_path):
     models = {}
-    for sums, ranks in (("fixed", None), ("fixed", 2), ("fixed", 4), ("fixed", 9), ("float", 4)):
+    for sums, ranks in (("fixed", None), ("fixed", 2), ("fixed", 4), ("float", 4)):
         run = tmp_path / f"{sums}-{ranks}"
         done = distfl("train", config, "transport.collective=reduce", f"transport.sums={sums}", f"run.folder={run}", ranks=ranks)
         assert done.returncode == 0, done.stderr

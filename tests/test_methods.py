@@ -38,6 +38,7 @@ from distfl.planner import fits
 from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.transport.local import group
+from distfl.updates import LEAD
 
 NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 # beyond a method's defaults, what makes it plan or train something else
@@ -201,7 +202,7 @@ def test_only_what_is_sent_was_trained_and_the_optimiser_sees_nothing_else(name,
 def test_upload_and_flops_are_those_that_were_predicted(name, options, codec, rank):
     state, (order, _) = rank(name, options, codec=codec)
     blocks, report = hosting.host(state, Report(), order)
-    headers = sum(4 * (1 + int(block[0])) for block in blocks if len(block))
+    headers = sum(4 * (LEAD + int(block[2])) for block in blocks if len(block))
     assert report.ok and report.upload_bytes - headers == order.predicted_upload_bytes
     assert report.flops == order.predicted_flops
 

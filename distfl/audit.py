@@ -133,31 +133,32 @@ class Audit:
         version = dict.fromkeys(self.units, 1)
         copies: dict[int, dict[str, int | None]] = {}
         expected = {}
-        for entry, record in zip(self.rounds, self.run.rounds[1:], strict=True):
+        for entry in self.rounds:
             held = dict(version)
             for name, (first, last) in entry["payload"]["windows"].items():
                 client = int(name)
+                sent = entry["payload"]["held"].get(name) or {unit: about["bytes"] for unit, about in self.units.items()}
                 if client not in copies:
-                    expected[entry["round"], client, "first"] = sum(unit["bytes"] for unit in self.units.values())
+                    expected[entry["round"], client, "first"] = sum(sent.values())
                 else:
-                    newer = (unit for unit in self.units if copies[client][unit] != held[unit])
-                    expected |= {(entry["round"], client, unit): self.units[unit]["bytes"] for unit in newer}
+                    newer = (unit for unit in sent if copies[client][unit] != held[unit])
+                    expected |= {(entry["round"], client, unit): sent[unit] for unit in newer}
                 own = list(self.units)[first:last]
                 copies[client] = {unit: None if unit in own else held[unit] for unit in self.units}
-            for unit, clients in record["contributors"].items():
-                version[unit] += bool(clients)
+            for unit in entry["payload"]["changed"]:
+                version[unit] += 1
         return expected
 
     # --- payload against MPI
 
     def payload_to_mpi(self) -> list[Row]:
         """What clients sent and were sent, and the records about it, against what the ranks handed to the transport."""
-        moved = sum(self.units[unit]["bytes"] for record in self.run.rounds for unit, of in record["contributors"].items() if of)
+        moved = sum(self.units[unit]["bytes"] for entry in self.rounds for unit in entry["payload"]["changed"])
         first = self.traffic[0]["mpi"][0]["sent"]["units"]
         return [
             *self._updates(),
             exactly("first distribution", sum(unit["bytes"] for unit in self.units.values()), first, "the model, once for all ranks"),
-            exactly("units", moved, self.sent["units"] - first, "each merged unit, once for all ranks"),
+            exactly("units", moved, self.sent["units"] - first, "each changed unit, once for all ranks"),
             exactly("assignments", self._assignment_bytes(), self.sent["assignments"], "their records, lengths, 4 for an idle rank"),
             exactly("reports", self._report_bytes(), self.sent["reports"], "reports, lengths of blocks, 4 for an idle rank"),
             exactly("layout", self._layout_bytes(), self.sent["layout"], "which ranks hold sums of which unit"),
@@ -173,8 +174,8 @@ class Audit:
         units, sums, means = list(self.units.values()), 0, 0
         for entry in self.rounds:
             for unit, ranks, by_element in entry["layout"]:
-                elements = units[unit]["bytes"] // VALUE_BYTES
-                numbers = elements * 2 if by_element else elements + units[unit]["tensors"]
+                mean = units[unit]["mean"]
+                numbers = mean["elements"] * 2 if by_element else mean["elements"] + mean["tensors"]
                 sums += (len(ranks) - 1) * (numbers * fixed + CHECKSUM_BYTES)
                 means += numbers * VALUE_BYTES + CHECKSUM_BYTES
         return [
@@ -202,7 +203,7 @@ class Audit:
                 sent = entry["payload"]["up"].get(str(report["client"]), {})
                 message = {
                     "report": {key: value for key, value in report.items() if key not in ("name", "group")},
-                    "words": [sent.get(unit, 0) // WORD.itemsize for unit in self.units],
+                    "words": [sent.get(unit, 0) // WORD.itemsize for unit, about in self.units.items() if about["mean"]],
                     "by_element": sorted(summed.intersection(number for number, unit in enumerate(self.units) if unit in sent)),
                 }
                 of_round += pack(message).nbytes

@@ -18,8 +18,9 @@ out and the levers of ``recipes.py``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from distfl.allocator import MAPPED_FROM_BYTES
 from distfl.encoding import Encoding
@@ -63,12 +64,18 @@ class Peak:
 
 @dataclass(frozen=True)
 class Cost:
-    """Everything a budget limits, for one client and round, and how its steps are to be computed."""
+    """Everything a budget limits, for one client and round, and what it takes for that.
+
+    Args:
+        recipe: how its steps are computed.
+        detail: the method's choice besides the window: a rank, a width.
+    """
 
     peak: Peak
     upload_bytes: int
     flops: int
     recipe: Recipe
+    detail: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

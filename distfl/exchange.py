@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class Exchange(ABC):
 
     def __init__(self, state: RankState, round_weight: float):
         self.state, self.round_weight = state, round_weight
+        self.mean_units = [state.method.mean_unit(unit) for unit in state.table.trainable]
         self._refused: dict[int, Refusal] = {}
 
     # --- client ranks
@@ -149,7 +150,7 @@ class Gather(Exchange):
                 except WireError as error:
                     self._refused[assignment.client] = Refusal(unit.index, bad_message(error))
                 else:
-                    self._means.setdefault(unit.index, UnitMean(unit)).add(pieces)
+                    self._means.setdefault(unit.index, UnitMean(self.mean_units[unit.index])).add(pieces)
             for pending in next_ones:
                 pending.advance()
 
@@ -179,7 +180,8 @@ class Reduce(Exchange):
             self._means[unit.index] = mean
 
     def _mean(self, unit: Unit) -> UnitMean:
-        return FixedPointMean(unit, self.round_weight) if self.state.config.transport.sums == "fixed" else UnitMean(unit)
+        taken = self.mean_units[unit.index]
+        return FixedPointMean(taken, self.round_weight) if self.state.config.transport.sums == "fixed" else UnitMean(taken)
 
     def by_element(self) -> list[int]:
         return [unit for unit, mean in self._means.items() if mean.by_element]
@@ -188,11 +190,12 @@ class Reduce(Exchange):
         """Kept until the round ends."""
 
     def close(self) -> None:
-        transport, old, sent = self.state.transport, self.state.replica.tensors, deque()
+        transport, sent = self.state.transport, deque()
         for unit, ranks, by_element in transport.broadcast_value(purpose="layout"):
             if transport.rank not in ranks:
                 continue
             mean = self._means.pop(unit)
+            old = self.state.method.lifted(self.state.table[unit], self.state.replica.tensors)
             parent, children = tree(ranks, transport.rank, unit)
             total = mean.partial(by_element, old, self.round_weight)
             words = sealed_words(len(total), total.dtype)
@@ -201,17 +204,16 @@ class Reduce(Exchange):
                 total += unseal(message, total.dtype, unit)
             if parent == 0:
                 mean.take(total, by_element, old, self.round_weight)
-                total = self._message(mean)
-            del mean
+                total = self._message(mean, old)
+            del mean, old
             sent.append(transport.start_send(seal(total, unit), parent, "means" if parent == 0 else "sums"))
             if len(sent) == UNITS_UNDER_WAY:
                 sent.popleft().wait()
         for pending in sent:
             pending.wait()
 
-    def _message(self, mean: UnitMean) -> np.ndarray:
+    def _message(self, mean: UnitMean, old: Mapping[str, Tensor]) -> np.ndarray:
         """float32 means of all tensors of a unit, then their shares: one of each tensor, or of each element."""
-        old = self.state.replica.tensors
         merged = [mean.mean(tensor.name, old[tensor.name], self.round_weight) for tensor in mean.unit.tensors]
         return torch.cat([part.reshape(-1) for part in (*(m for m, _ in merged), *(share for _, share in merged))]).numpy()
 
@@ -227,11 +229,10 @@ class Reduce(Exchange):
         self.state.transport.broadcast_value(layout, "layout")
         for (unit, _, of_elements), message, _ in _pipelined(layout, lambda entry: self._start(*entry)):
             means = unseal(message, np.dtype(np.float32), unit)
-            yield self.state.table[unit], _message_reader(self.state.table[unit], means, of_elements)
+            yield self.state.table[unit], _message_reader(self.mean_units[unit], means, of_elements)
 
     def _start(self, unit: int, ranks: list[int], by_element: bool) -> Pending:
-        tensors = self.state.table[unit].tensors
-        elements = self.state.table[unit].bytes // VALUE_BYTES
+        tensors, elements = self.mean_units[unit].tensors, self.mean_units[unit].elements
         message = np.empty(sealed_words(elements * 2 if by_element else elements + len(tensors), np.float32), WORD)
         return self.state.transport.start_receive(message, order_in_tree(ranks, unit)[0], "means")
 
@@ -302,21 +303,19 @@ def make_exchange(state: RankState, round_weight: float) -> Exchange:
     return {"gather": Gather, "reduce": Reduce}[state.config.transport.collective](state, round_weight)
 
 
-def choose(assignments: Sequence[Assignment], table: Sequence[Unit], needs_each_update: bool) -> tuple[str, str]:
+def choose(assignments: Sequence[Assignment], mean_bytes: Sequence[int]) -> tuple[str, str]:
     """What ``transport.collective=auto`` means for a fleet.
 
     Args:
         assignments: of one round.
-        needs_each_update: the method does not only look at sums.
+        mean_bytes: of the mean of each unit.
 
     Returns:
         "gather" or "reduce", and why.
     """
-    if needs_each_update:
-        return "gather", "the method looks at every single update"
     gathered = sum(assignment.predicted_upload_bytes for assignment in assignments)
     trained = {unit for assignment in assignments if assignment.window for unit in assignment.window.units}
-    reduced = sum(table[unit].bytes for unit in trained)
+    reduced = sum(mean_bytes[unit] for unit in trained)
     figures = f"the server would take in {gathered / 1e6:.1f} MB a round by gather, {reduced / 1e6:.1f} MB by reduce"
     if gathered <= 2 * reduced:
         return "gather", f"{figures}: not worth giving up the sum in client order"

@@ -62,7 +62,7 @@ class RankState:
 def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shards: ShardIndex) -> RankState:
     method = load_method(config.method.name, config.method.options)
     costs = costs_of(config, method, spec)
-    residuals = ResidualFolder(Path(config.run.folder), costs.table) if costs.encoding.error_feedback else None
+    residuals = ResidualFolder(Path(config.run.folder)) if costs.encoding.error_feedback else None
     return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), residuals)
 
 
@@ -81,7 +81,7 @@ def host(
     began = time.monotonic()
     # in a control group what is written to files counts, so nothing is kept there
     files = _feature_files(state, assignment) if cap.in_this_process else {}
-    residuals = state.residuals and state.residuals.load(assignment.client, assignment.round, assignment.window.units)
+    residuals = state.residuals and state.residuals.load(assignment, state.method.held(state.costs, assignment.detail).table)
     work = partial(_try_to_work, state, assignment, files, residuals)
     measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state))
     collect_garbage()
@@ -100,7 +100,7 @@ def host(
             failure = bad_message(error)
     blocks = [NOTHING] * len(state.table.trainable) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
-        state.residuals.save(assignment.client, assignment.round, residuals)
+        state.residuals.save(assignment, residuals)
     trained = Trained(**outcome.facts["trained"])
     report = ClientReport(
         round=assignment.round,
@@ -163,6 +163,7 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
     """Train the client's own copy of what it may train, then encode it unit by unit."""
     model = build_model(state.method, state.spec, state.replica.tensors)
     data = state.shards.train(assignment.client, state.spec.context)
+    state.method.hold(model, assignment)
     with state.method.attached(model, assignment) as parameters:
         _own(parameters)
         narrow(model, assignment.window, state.config.levers.frozen_precision)
@@ -170,8 +171,9 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
             trained = {id(parameter) for parameter in parameters}
             _own(parameter for parameter in model.parameters() if id(parameter) not in trained)
         prefix = Prefix(model, assignment.window.first, files)
-        done = train(model, parameters, data, state.config.training, assignment, prefix, state.costs, state.config.seed)
-    tensors = state.method.shared(model)
+        costs = state.method.held(state.costs, assignment.detail)
+        done = train(model, parameters, data, state.config.training, assignment, prefix, costs, state.config.seed)
+    tensors = model.named_tensors()
     blocks = []
     for unit in state.table.trainable:
         draws = seeds.generator(state.config.seed, f"codec/{unit.index}", assignment.round, assignment.client)
@@ -189,13 +191,14 @@ def _own(parameters: Iterable[Parameter]) -> None:
 
 def _charged_bytes(state: RankState, assignment: Assignment) -> int:
     """What the client uses where the node holds it: its residuals, and mapped weights. No limit on private memory sees them."""
-    residuals = state.encoding.residual_bytes(state.table, assignment.window)
+    table = state.method.held(state.costs, assignment.detail).table
+    residuals = state.encoding.residual_bytes(table, assignment.window)
     if state.config.levers.mapped_prefix == "off":
         return residuals
-    frozen = state.table.bytes - state.method.trained_bytes(assignment.window, state.table)
+    frozen = table.bytes - table.window_bytes(assignment.window)
     if state.config.levers.frozen_precision == "fp32":
         return residuals + frozen
-    return residuals + frozen - matrix_bytes(state.table, assignment.window)  # narrowed copies are the client's own
+    return residuals + frozen - matrix_bytes(table, assignment.window)  # narrowed copies are the client's own
 
 
 def _feature_files(state: RankState, assignment: Assignment) -> dict[int, FeatureFile]:
@@ -219,9 +222,10 @@ def rehearse(state: RankState) -> None:
     training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
-    window = small.method.window(small.table, 2)
-    residuals = Residuals(small.table, window.units) if small.encoding.error_feedback else None
-    _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0), {}, residuals)
+    window, detail = small.method.window(small.table, 2), small.method.details(small.spec)[0]
+    table = small.method.held(small.costs, detail).table
+    residuals = Residuals(table, window.units) if small.encoding.error_feedback else None
+    _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0, detail=detail), {}, residuals)
 
 
 def _rehearse_products(state: RankState) -> None:

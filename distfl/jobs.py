@@ -56,7 +56,12 @@ def prepare(config: TrainConfig) -> Job:
         DistflError: anything that cannot work, before a rank trains.
     """
     method = load_method(config.method.name, config.method.options)
-    encoding_of(config.transport)  # refuses what it cannot be
+    if encoding_of(config.transport).error_feedback and method.new_basis:
+        raise ConfigError(
+            f"error feedback with the method {config.method.name}",
+            "what a client trains means something else in every round, so what was lost of it cannot be added to the next",
+            "set transport.error_feedback=off, or take a codec that is not biased (exact, bf16, int8, int4)",
+        )
     if method.ignores_budgets and config.memory.enforce != "report":
         raise ConfigError(
             f"the method {config.method.name} beyond budgets with memory.enforce = {config.memory.enforce}",
@@ -74,19 +79,13 @@ def prepare(config: TrainConfig) -> Job:
 
 
 def _settled(job: Job) -> Job:
-    """With ``transport.collective=auto`` replaced by what it means here (raises ConfigError for what the method cannot do)."""
+    """With ``transport.collective=auto`` replaced by what it means here."""
     asked = job.config.transport.collective
-    if asked == "reduce" and job.method.needs_each_update:
-        raise ConfigError(
-            "transport.collective = reduce",
-            f"{job.config.method.name} must see every single update, a sum does not do",
-            "set transport.collective=gather",
-        )
     if asked != "auto":
         return job
     workload = job.workload(1)
     planned = job.method.plan(1, participants(job.clients, job.config.fleet.participants, job.config.seed, 1), workload, {})
-    collective, reason = choose(planned, workload.costs.table, job.method.needs_each_update)
+    collective, reason = choose(planned, [job.method.mean_unit(unit).bytes for unit in workload.costs.table.trainable])
     return replace(
         job, config=replace(job.config, transport=replace(job.config.transport, collective=collective)), collective_reason=reason
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distfl.recipes import Recipe
@@ -31,6 +32,29 @@ class Piece:
     region: Region
     values: Tensor
     weight: float
+
+
+NOT_HELD = np.empty(0, np.int64)  # a region without a place
+
+
+def shape_of(region: Region, full_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the values of a region of a tensor."""
+    return full_shape if region is None else tuple(map(len, region)) if isinstance(region, tuple) else (len(region),)
+
+
+def cut(tensor: Tensor, region: Region) -> Tensor:
+    """The values of a region; a view where its places lie one after another."""
+    if region is None:
+        return tensor
+    if isinstance(region, tuple):
+        return _along(_along(tensor, 0, region[0]), 1, region[1])
+    return _along(tensor.reshape(-1), 0, region)
+
+
+def _along(tensor: Tensor, axis: int, places: np.ndarray) -> Tensor:
+    if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
+        return tensor.narrow(axis, int(places[0]), len(places))
+    return tensor.index_select(axis, torch.as_tensor(places))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distfl.errors import CheckpointError, StartError
 from distfl.files import write_atomically
+from distfl.messages import Assignment
 from distfl.run_folder import RESIDUALS, checkpoint_folders
 from distfl.units import UnitTable
 
@@ -51,8 +52,7 @@ class ResidualFolder:
         run_folder: must be seen by all nodes.
     """
 
-    def __init__(self, run_folder: Path, table: UnitTable):
-        self._table = table
+    def __init__(self, run_folder: Path):
         self._path, self._checkpoints = run_folder / RESIDUALS, run_folder / "checkpoints"
 
     def announce(self) -> str:
@@ -88,15 +88,18 @@ class ResidualFolder:
                 "set run.folder to a folder that all nodes see and can write to, or transport.error_feedback=off",
             ) from None
 
-    def load(self, client: int, round: int, units: Iterable[int]) -> Residuals:
+    def load(self, assignment: Assignment, table: UnitTable) -> Residuals:
         """What the client holds before a round (zeros of units it never sent); files that no round can need are removed.
+
+        Args:
+            table: what it holds of the shared tensors.
 
         Raises:
             CheckpointError: a file cannot be read or is cut short.
         """
-        residuals = Residuals(self._table, units)
-        with _named(self._folder(client)) as folder:
-            newest = self._tidied(folder, round)
+        residuals = Residuals(table, assignment.window.units)
+        with _named(self._folder(assignment)) as folder:
+            newest = self._tidied(folder, assignment.round)
             for unit, buffer in residuals.buffers.items():
                 if unit in newest:
                     with open(newest[unit], "rb") as file:
@@ -104,14 +107,15 @@ class ResidualFolder:
                             raise OSError(f"{newest[unit].name} is cut short")
         return residuals
 
-    def save(self, client: int, round: int, residuals: Residuals) -> None:
+    def save(self, assignment: Assignment, residuals: Residuals) -> None:
         """The client's update of this round is on its way: from the next round on, these hold (raises CheckpointError)."""
-        with _named(self._folder(client)) as folder:
+        with _named(self._folder(assignment)) as folder:
             for unit, buffer in residuals.buffers.items():
-                write_atomically(folder / f"unit-{unit}-round-{round}", memoryview(buffer).cast("B"))
+                write_atomically(folder / f"unit-{unit}-round-{assignment.round}", memoryview(buffer).cast("B"))
 
-    def _folder(self, client: int) -> Path:
-        return self._path / f"client-{client:05d}"
+    def _folder(self, assignment: Assignment) -> Path:
+        """Of a client, and of one detail: other parts of the shared tensors lose other things."""
+        return self._path / "-".join([f"client-{assignment.client:05d}", *(f"{key}-{value}" for key, value in assignment.detail.items())])
 
     def _tidied(self, folder: Path, round: int) -> dict[int, Path]:
         """Unit -> its newest file, of those of earlier rounds; removes what no round can need."""

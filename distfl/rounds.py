@@ -18,6 +18,7 @@ number of ranks, so the merged model is the same, bit for bit (but for ``transpo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,14 +34,14 @@ from distfl.errors import DistflError, StartError
 from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
-from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
+from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score, shape_of
 from distfl.methods.base import build_model
 from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
 from distfl.training import evaluate
 from distfl.transport.base import WORD, Transport, pack
-from distfl.units import Unit
+from distfl.units import VALUE_BYTES, Unit
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
@@ -162,13 +163,13 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
     waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
     transport.broadcast_value({"waves": len(waves), "weight": weight})
     exchange, merging = make_exchange(state, weight), Peak()
-    reports, uploads, contributors = [], {}, dict.fromkeys((unit.name for unit in state.table.trainable), 0)
+    reports, uploads, contributors, changed = [], {}, dict.fromkeys((unit.name for unit in state.table.trainable), 0), set()
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
         of_wave, words, by_element = _serve_wave(state, hosted)
         with merging.watched():
             for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
-                _finish(state, optimizer, unit, mean)
+                changed |= _finish(state, optimizer, unit, mean)
         reports += map(exchange.judged, of_wave)
         for assignment, of_client in zip(hosted, words):
             sent = {unit: length * WORD.itemsize for unit, length in zip(state.table.trainable, of_client) if length}
@@ -180,8 +181,8 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         server.now_holds(assignment.client, assignment.window.units)
         if report.cause == "over_cap":
             server.limits[assignment.client] = report.blocks - 1
-    for unit in state.table.trainable:
-        state.replica.versions[unit.index] += bool(contributors[unit.name])
+    for unit in changed:
+        state.replica.versions[unit] += 1
     reports += [_sits_out(a) for a in planned if a.window is None]
     score = (None, {})
     if round % config.evaluation.every == 0 or round == config.rounds:
@@ -195,6 +196,8 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
         "windows": {str(assignment.client): [assignment.window.first, assignment.window.last] for assignment in active},
+        "changed": [state.table[unit].name for unit in sorted(changed)],
+        "held": {str(assignment.client): _sent_of_units(state, assignment) for assignment in active if assignment.detail},
     }
     traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
     return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})
@@ -214,12 +217,14 @@ def _serve_wave(state: RankState, hosted: list[Assignment]) -> tuple[list[Client
     return reports, [message["words"] for message in messages], {unit for message in messages for unit in message["by_element"]}
 
 
-def _finish(state: RankState, optimizer: ServerOptimizer, unit: Unit, mean_of: MeanOf) -> None:
-    """Put one unit's new tensors in place."""
-    for tensor in unit.tensors:
-        old = state.replica.tensors[tensor.name]
-        mean, share = mean_of(tensor.name, old)
-        old.copy_(optimizer.step(tensor.name, old, state.method.finish(unit, old, mean, share)))
+def _finish(state: RankState, optimizer: ServerOptimizer, unit: Unit, mean_of: MeanOf) -> set[int]:
+    """Put the new tensors that come of one unit's means in place; returns the units they lie in."""
+    shared, changed = state.replica.tensors, set()
+    lifted = state.method.lifted(unit, shared)
+    for name, tensor in state.method.finish(unit, shared, lambda name: mean_of(name, lifted[name])):
+        shared[name].copy_(optimizer.step(name, shared[name], tensor))
+        changed.add(state.table.place[name])
+    return changed
 
 
 def _distribute_from_server(state: RankState) -> None:
@@ -245,9 +250,22 @@ def _downloads(state: RankState, server: ServerState, assignment: Assignment) ->
     """Bytes that this client, were it deployed, is sent in this round: unit name -> bytes for units newer than its copy,
     "assignment", or, if it never took part before, the whole model as "first"."""
     copy, message = server.copies.get(assignment.client), {"assignment": pack(assignment.to_json()).nbytes}
+    sent = _sent_of_units(state, assignment)
     if copy is None:
-        return message | {"first": state.table.bytes}
-    return message | {unit.name: unit.bytes for unit in state.table if copy[unit.index] != state.replica.versions[unit.index]}
+        return message | {"first": sum(sent.values())}
+    stale = [unit.name for unit in state.table if copy[unit.index] != state.replica.versions[unit.index]]
+    return message | {name: sent[name] for name in stale if name in sent}
+
+
+def _sent_of_units(state: RankState, assignment: Assignment) -> dict[str, int]:
+    """Unit name -> bytes of it that this client is sent when it has changed."""
+    sent: dict[str, int] = {}
+    for unit in state.table:
+        for tensor in unit.tensors:
+            if state.method.receives(tensor.name, assignment.detail):
+                elements = math.prod(shape_of(state.method.part(tensor, assignment.detail), tensor.shape))
+                sent[unit.name] = sent.get(unit.name, 0) + elements * VALUE_BYTES
+    return sent
 
 
 def _sits_out(assignment: Assignment) -> ClientReport:

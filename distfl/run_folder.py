@@ -209,7 +209,12 @@ class RunFolder:
             "start_up_cpu_seconds_by_rank": [rank.cpu_seconds for rank in ranks],
         }
         groups = {client.name: client.group for client in job.clients}
-        units = {unit.name: {"bytes": unit.bytes, "tensors": len(unit.tensors)} for unit in job.workload(1).costs.table}
+        table, units = job.workload(1).costs.table, {}
+        for unit in table:
+            units[unit.name] = {"bytes": unit.bytes, "tensors": len(unit.tensors), "mean": None}
+            if unit.index < len(table.trainable):
+                mean = job.method.mean_unit(unit)
+                units[unit.name]["mean"] = {"elements": mean.elements, "tensors": len(mean.tensors)}
         about = {"family": str(job.family.folder), "groups": groups, "units": units, "starts": [*starts, start]}
         write_json(manifest_file, _origin(job) | about)
         write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))  # last: with it there is a run to resume

@@ -17,6 +17,7 @@ from distfl.errors import CheckpointError, ConfigError
 from distfl.files import write_atomically
 from distfl.fleet import MEGA
 from distfl.reporting import table
+from distfl.units import VALUE_BYTES
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def point_of(audit: Audit) -> Point:
     timed = [record["seconds"] for record in training if record["test_loss"] is None] or [record["seconds"] for record in training]
     clients = statistics.mean(len(entry["payload"]["up"]) for entry in rounds)
     units = audit.run.manifest["units"]
-    largest = max((units[unit]["bytes"] for record in audit.run.rounds for unit, of in record["contributors"].items() if of), default=0)
+    merged = {unit for record in audit.run.rounds for unit, of in record["contributors"].items() if of}
+    largest = VALUE_BYTES * max((units[unit]["mean"]["elements"] for unit in merged), default=0)
     return Point(
         ranks=audit.ranks,
         collective=collective,

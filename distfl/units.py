@@ -87,6 +87,7 @@ class UnitTable:
             for place, part in enumerate(part for part, (_, never) in enumerate(parts) if never)
         }
         self.units = (*self.trainable, *self._frozen.values())
+        self.place = {tensor.name: unit.index for unit in self.units for tensor in unit.tensors}
 
     def _part_of(self, tensor: str) -> int:
         part, _, rest = tensor.partition(".")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from distfl.messages import Piece, Region
 from distfl.transport.base import WORD, pack, unpack
 from distfl.units import Unit
 
-FORMAT = int.from_bytes(b"dfl1", "little")  # first word of a block; other contents, another digit
+FORMAT = int.from_bytes(b"dfl2", "little")  # first word of a block; other contents, another digit
 LEAD = 3  # words before the header
 LONGEST_REASON = 200  # characters
 
@@ -100,7 +101,7 @@ def unframe(
     """The pieces of a block, values in full also where deltas were sent.
 
     Whatever the words are, the pieces are finite and lie inside the unit's tensors, each at most once. Memory stays below
-    the unit's tensors and 30 times the header, plus what the codec works with.
+    three times the unit's tensors and 30 times the header, plus what the codec works with.
 
     Args:
         shared: by name, the tensors that the round started from.
@@ -185,22 +186,34 @@ def _finite(values: Tensor) -> bool:
 
 
 def _region_to_json(region: Region) -> Any:
+    """Every axis as its runs of places: first, behind the last, first, ..."""
     if region is None:
         return None
-    return [part.tolist() for part in region] if isinstance(region, tuple) else region.tolist()
+    return [_runs(axis) for axis in (region if isinstance(region, tuple) else (region,))]
+
+
+def _runs(places: np.ndarray) -> list[int]:
+    starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    ends = np.flatnonzero(np.diff(places, append=-2) != 1)
+    return np.stack([places[starts], places[ends] + 1], 1).ravel().tolist()
 
 
 def _region_from_json(region: Any, full_shape: tuple[int, ...]) -> tuple[Region, tuple[int, ...]]:
     """A region and the shape of its values (raises ValueError where it does not lie inside the tensor)."""
     if region is None:
         return None, full_shape
-    pair = len(region) == 2 and isinstance(region[0], list)
-    axes = region if pair else [region]
-    limits = full_shape if pair else (math.prod(full_shape),)
-    if len(axes) != len(limits):
-        raise ValueError(f"a region of {len(axes)} axes of a tensor of shape {full_shape}")
-    for axis, limit in zip(axes, limits):
-        if not all(type(index) is int and 0 <= index < limit for index in axis) or len(set(axis)) < len(axis):
-            raise ValueError(f"a region outside of {full_shape}, or a place twice in it")
-    indices = tuple(np.array(axis, np.int64) for axis in axes)
-    return (indices if pair else indices[0]), tuple(len(axis) for axis in axes)
+    limits = full_shape if len(region) == 2 else (math.prod(full_shape),)
+    if len(region) != len(limits):
+        raise ValueError(f"a region of {len(region)} axes of a tensor of shape {full_shape}")
+    indices = tuple(_places(runs, limit) for runs, limit in zip(region, limits))
+    return (indices if len(region) == 2 else indices[0]), tuple(map(len, indices))
+
+
+def _places(runs: list[int], limit: int) -> np.ndarray:
+    """Places below the limit, none of them twice (raises ValueError)."""
+    ends = list(zip(runs[::2], runs[1::2], strict=True))
+    if not all(type(start) is type(stop) is int and 0 <= start < stop <= limit for start, stop in ends):
+        raise ValueError(f"runs of places that do not lie below {limit}")
+    if any(before > start for (_, before), (start, _) in pairwise(sorted(ends))):
+        raise ValueError("a place twice in a region")
+    return np.concatenate([np.arange(start, stop) for start, stop in ends]) if ends else np.empty(0, np.int64)

@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distfl.aggregation import UnitMean
 from distfl.family import FORMAT, Family, open_family, write_weights
 from distfl.files import write_atomically, write_json
+from distfl.messages import Assignment
+from distfl.methods.base import Method
 from distfl.model import ModelSpec, TinyTransformer, from_tensors, skeleton
 from distfl.pretrain import train_tokenizer
 from distfl.transport.local import LocalTransport, group
+from distfl.units import UnitTable
 
 torch.set_num_threads(1)  # tests that demand equal bits must not depend on the number of cores
 
@@ -67,6 +71,24 @@ def write_family(folder: Path, models: dict[ModelSpec, dict[str, Tensor]]) -> Fa
         },
     )
     return open_family(str(folder))
+
+
+def merge(
+    method: Method, table: UnitTable, old: dict[str, Tensor], updates: list[tuple[Assignment, dict[str, Tensor]]], weight: float
+) -> dict[str, Tensor]:
+    """A round's server half, without the wire.
+
+    Args:
+        updates: assignments, and tensors of the clients' models.
+        weight: of all clients that took part.
+    """
+    new = dict(old)
+    for unit in table.trainable:
+        mean, lifted = UnitMean(method.mean_unit(unit)), method.lifted(unit, old)
+        for assignment, tensors in updates:
+            mean.add(method.restore(method.collect(tensors, assignment, unit), assignment))
+        new |= dict(method.finish(unit, old, lambda name, mean=mean, lifted=lifted: mean.mean(name, lifted[name], weight)))
+    return new
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

@@ -6,9 +6,8 @@ from itertools import permutations
 
 import pytest
 import torch
-from helpers import model, same_bits, weights
+from helpers import merge, model, same_bits, weights
 
-from distfl.aggregation import UnitMean
 from distfl.config import LeversConfig, TrainingConfig
 from distfl.costs import Costs
 from distfl.errors import ConfigError
@@ -45,16 +44,8 @@ def planned(method, clients, limits=None, work=WORK) -> dict[int, int]:
     return {a.client: 0 if a.window is None else TABLE.trained_blocks(a.window) for a in plan}
 
 
-def merge(method, old: dict, updates: list[tuple[Assignment, dict]]) -> dict:
-    """What a round's server half does with trained tensors, without the wire."""
-    new, total = dict(old), sum(assignment.weight for assignment, _ in updates)
-    for unit in TABLE:
-        mean = UnitMean(unit)
-        for assignment, tensors in updates:
-            mean.add(method.restore(method.collect(tensors, assignment, unit), assignment))
-        for tensor in unit.tensors:
-            new[tensor.name] = method.finish(unit, old[tensor.name], *mean.mean(tensor.name, old[tensor.name], total))
-    return new
+def merged(method, old: dict, updates: list[tuple[Assignment, dict]]) -> dict:
+    return merge(method, TABLE, old, updates, sum(assignment.weight for assignment, _ in updates))
 
 
 def filled(value: float) -> dict:
@@ -243,7 +234,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones():
 )
 def test_two_clients_merge_as_worked_by_hand(rule, block_1, block_2):
     method = RULES[rule]
-    new = merge(method, filled(2.0), list(zip(assign(method, (1, 1), (2, 3)), (filled(4.0), filled(8.0)))))
+    new = merged(method, filled(2.0), list(zip(assign(method, (1, 1), (2, 3)), (filled(4.0), filled(8.0)))))
     expected = {"embedding": 2.0, "blocks.0": 2.0, "blocks.1": block_1, "blocks.2": block_2, "head": block_2}
     for name, tensor in new.items():
         value = next(value for prefix, value in expected.items() if name.startswith(prefix + "."))
@@ -253,7 +244,7 @@ def test_two_clients_merge_as_worked_by_hand(rule, block_1, block_2):
 @pytest.mark.parametrize("method", RULES.values(), ids=RULES)
 def test_what_nobody_trained_keeps_its_value(method):
     old = weights(SPEC, 1)
-    new = merge(method, old, list(zip(assign(method, (1, 1), (1, 2)), (weights(SPEC, 2), weights(SPEC, 3)))))
+    new = merged(method, old, list(zip(assign(method, (1, 1), (1, 2)), (weights(SPEC, 2), weights(SPEC, 3)))))
     kept = {name for name in old if torch.equal(old[name], new[name])}
     assert kept == {name for name in old if name.startswith(("embedding.", "blocks.0.", "blocks.1."))}
 
@@ -269,20 +260,20 @@ def test_a_client_sends_nothing_outside_its_window(method):
 def test_a_zero_update_changes_nothing_bit_for_bit():
     old = weights(SPEC, 1)
     for method in RULES.values():
-        assert same_bits(old, merge(method, old, [(a, old) for a in assign(method, (3, 1), (3, 2), (3, 7))]))
+        assert same_bits(old, merged(method, old, [(a, old) for a in assign(method, (3, 1), (3, 2), (3, 7))]))
     method = RULES["contributors"]
-    assert same_bits(old, merge(method, old, [(a, old) for a in assign(method, (1, 1), (2, 2), (3, 7))]))
+    assert same_bits(old, merged(method, old, [(a, old) for a in assign(method, (1, 1), (2, 2), (3, 7))]))
 
 
 def test_a_zero_update_changes_nothing_under_participation_with_unequal_windows():
     old, method = weights(SPEC, 1), RULES["participation"]
-    assert same_bits(old, merge(method, old, [(a, old) for a in assign(method, (1, 1), (1, 2), (3, 7))]))
+    assert same_bits(old, merged(method, old, [(a, old) for a in assign(method, (1, 1), (1, 2), (3, 7))]))
 
 
 @pytest.mark.parametrize("method", RULES.values(), ids=RULES)
 def test_equal_updates_merge_to_exactly_that_update(method):
     update = weights(SPEC, 2)
-    new = merge(method, weights(SPEC, 1), [(a, update) for a in assign(method, (3, 1), (3, 3), (3, 5))])
+    new = merged(method, weights(SPEC, 1), [(a, update) for a in assign(method, (3, 1), (3, 3), (3, 5))])
     assert {name for name in update if torch.equal(new[name], update[name])} == {
         name for name in update if not name.startswith("embedding.")
     }
@@ -291,9 +282,9 @@ def test_equal_updates_merge_to_exactly_that_update(method):
 @pytest.mark.parametrize("method", RULES.values(), ids=RULES)
 def test_the_order_of_clients_matters_only_to_rounding(method):
     old, updates = weights(SPEC, 1), list(zip(assign(method, (1, 1), (2, 3), (3, 7)), (weights(SPEC, seed) for seed in (2, 3, 4))))
-    first = merge(method, old, updates)
+    first = merged(method, old, updates)
     for order in permutations(updates):
-        other = merge(method, old, list(order))
+        other = merged(method, old, list(order))
         for name in first:
             torch.testing.assert_close(other[name], first[name], rtol=1e-6, atol=1e-7)
 
@@ -303,7 +294,7 @@ def test_a_subset_of_clients_merges_as_if_the_others_were_not_there(method):
     # Client 1 fails: the mean, and the share behind it, are those of clients 0 and 2 alone.
     old, plan = weights(SPEC, 1), assign(method, (1, 1), (2, 3), (3, 7))
     zero, two = weights(SPEC, 2), weights(SPEC, 4)
-    new = merge(method, old, [(plan[0], zero), (plan[2], two)])
+    new = merged(method, old, [(plan[0], zero), (plan[2], two)])
     a, b = plan[0].weight, plan[2].weight
     for name in old:
         trained_by_both = name.startswith(("blocks.2.", "head."))

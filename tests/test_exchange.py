@@ -40,6 +40,9 @@ TABLE = Units(
     ]
 )
 OLD = {"e": torch.full((2, 2), 0.1), "a": torch.arange(12.0).view(3, 4), "b": torch.tensor([0.3, -0.7]), "h": torch.zeros(5)}
+METHOD = SimpleNamespace(
+    restore=lambda pieces, assignment: pieces, mean_unit=lambda unit: unit, lifted=lambda unit, shared: shared
+)  # means are taken of the shared tensors
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def run(kind, sums: str, ranks: int, weights: list[float], sent: list[dict[int, 
             transport=transport,
             table=TABLE,
             sent=sent,
-            method=SimpleNamespace(restore=lambda pieces, assignment: pieces),
+            method=METHOD,
             config=SimpleNamespace(transport=SimpleNamespace(sums=sums)),
             replica=SimpleNamespace(tensors=OLD),
         )
@@ -200,7 +203,7 @@ def test_a_value_too_large_for_fixed_point_is_refused_with_nothing_kept(bad):
     state = SimpleNamespace(
         table=TABLE,
         sent=[{1: [Piece(1, "b", None, torch.ones(2), 1.0)], 2: [Piece(2, "h", None, torch.tensor([0, 1, bad, 2, 3]), 1.0)]}],
-        method=SimpleNamespace(restore=lambda pieces, assignment: pieces),
+        method=METHOD,
         config=SimpleNamespace(transport=SimpleNamespace(sums="fixed")),
     )
     mine = Reduce(state, 1.0)
@@ -222,8 +225,7 @@ def whole(client: int, *units: int) -> dict[int, list[Piece]]:
 
 def state_of(sent: list[dict[int, list[Piece]]], **more) -> SimpleNamespace:
     config = SimpleNamespace(transport=SimpleNamespace(sums="fixed"))
-    method = SimpleNamespace(restore=lambda pieces, assignment: pieces)
-    return SimpleNamespace(table=TABLE, sent=sent, method=method, config=config, replica=SimpleNamespace(tensors=OLD), **more)
+    return SimpleNamespace(table=TABLE, sent=sent, method=METHOD, config=config, replica=SimpleNamespace(tensors=OLD), **more)
 
 
 REPORT = ClientReport(1, 1, True, None, "", 1, 4, 0.5, 10**6, 0, 9, 60, 62, 0, 0, 0.1)
@@ -326,8 +328,8 @@ def test_auto_takes_what_moves_less_and_says_why():
         return [Assignment(1, client, Window(1, 3), 1.0, 1, 0, bytes_, 0, Recipe(1), 1e-3) for client in range(clients)]
 
     trained = TABLE[1].bytes + TABLE[2].bytes  # 76
-    assert choose(planned(2, trained), TABLE, False)[0] == "gather"
-    collective, reason = choose(planned(3, trained), TABLE, False)
+    of_units = [unit.bytes for unit in TABLE]
+    assert choose(planned(2, trained), of_units)[0] == "gather"
+    collective, reason = choose(planned(3, trained), of_units)
     assert collective == "reduce" and "gather" in reason and "reduce" in reason
-    assert choose(planned(7, trained // 4), TABLE, False)[0] == "gather"  # a codec that writes a quarter
-    assert choose(planned(63, trained), TABLE, True) == ("gather", "the method looks at every single update")
+    assert choose(planned(7, trained // 4), of_units)[0] == "gather"  # a codec that writes a quarter

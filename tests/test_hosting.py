@@ -279,7 +279,8 @@ def test_no_training_changes_nothing_after_the_merge(state, tmp_path, codec):
 
 
 def kept(made, client: int, round: int, blocks: int = 2) -> dict:
-    return made.residuals.load(client, round, made.table.suffix(blocks).units).tensors
+    order = replace(assignment(made, blocks), client=client, round=round)
+    return made.residuals.load(order, made.table).tensors
 
 
 def test_what_a_round_lost_comes_with_the_next_and_is_charged(state, tmp_path):

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import same_bits, tokens
+from helpers import merge, same_bits, tokens
 from live_bytes import LiveBytes
 
 from distfl import costs as costs_module
 from distfl import hosting, methods
-from distfl.aggregation import UnitMean
 from distfl.calibration import Case, rank_of
 from distfl.caps.rlimit import Report
 from distfl.config import (
@@ -91,7 +90,8 @@ def budgets(method, work: Workload, member: Client) -> list[Budget]:
     found = []
     for blocks in range(1, work.costs.spec.depth + 1):
         window = method.window(work.costs.table, blocks)
-        of_recipes = [method.cost_by(member, window, recipe, work) for recipe in work.recipes(member, blocks)]
+        recipes, details = list(work.recipes(member, blocks)), method.details(work.costs.spec)
+        of_recipes = [method.cost_by(member, window, recipe, work, detail) for detail in details for recipe in recipes]
         leanest = min(of_recipes, key=lambda cost: cost.peak.bytes)
         for cost in (of_recipes[0], leanest):
             for less in (0, 1):
@@ -112,7 +112,7 @@ def test_every_plan_obeys_its_budgets(name, options):
         if found.window is None:
             continue
         trained += 1
-        cost = method.cost_by(member, found.window, found.recipe, work)
+        cost = method.cost_by(member, found.window, found.recipe, work, found.detail)
         predicted = (found.predicted_peak_bytes, found.predicted_upload_bytes, found.predicted_flops)
         assert predicted == (cost.peak.bytes, cost.upload_bytes, cost.flops) and fits(cost, budget)
     assert trained  # some of them admit something
@@ -192,7 +192,7 @@ def test_only_what_is_sent_was_trained_and_the_optimiser_sees_nothing_else(name,
     assert report.ok and report.samples == 4
     sent = decoded(state, blocks, order)
     assert sent.keys() == names == {t.name for unit in order.window.units for t in state.table[unit].tensors}
-    assert sum(tensor.nbytes for tensor in sent.values()) == state.method.trained_bytes(order.window, state.table)
+    assert sum(tensor.nbytes for tensor in sent.values()) == state.method.held(state.costs, order.detail).table.window_bytes(order.window)
     assert any(not torch.equal(tensor, before[n]) for n, tensor in sent.items())
     assert same_bits(state.replica.tensors, before)  # the node's copy is nobody's to train
 
@@ -251,16 +251,9 @@ def plan_of(name: str, options: dict, *rows: int):
     return method, work.costs.table, method.plan(1, [client(i, count) for i, count in enumerate(rows)], work, {})
 
 
-def merge(method, table, old: dict, updates: list[tuple[Assignment, dict]], of: list[Assignment]) -> dict:
+def merged(method, table, old: dict, updates: list[tuple[Assignment, dict]], of: list[Assignment]) -> dict:
     """A round's server half, without the wire; ``of``: all that took part."""
-    new, total = dict(old), sum(assignment.weight for assignment in of)
-    for unit in table.trainable:
-        mean = UnitMean(unit)
-        for assignment, tensors in updates:
-            mean.add(method.restore(method.collect(tensors, assignment, unit), assignment))
-        for tensor in unit.tensors:
-            new[tensor.name] = method.finish(unit, old[tensor.name], *mean.mean(tensor.name, old[tensor.name], total))
-    return new
+    return merge(method, table, old, updates, sum(assignment.weight for assignment in of))
 
 
 def trained_names(table, assignment: Assignment) -> set[str]:
@@ -273,7 +266,7 @@ def test_no_local_step_changes_nothing_bit_for_bit(name, options, rank):
     old = noise(state.replica.copy(), 3)
     state.replica.fill(old)
     updates = [(order, decoded(state, hosting.host(state, Report(), order)[0], order)) for order in plan]
-    assert same_bits(old, merge(state.method, state.table, old, updates, plan))
+    assert same_bits(old, merged(state.method, state.table, old, updates, plan))
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -281,10 +274,10 @@ def test_equal_updates_merge_to_that_update_and_what_nobody_trained_keeps_its_va
     method, table, plan = plan_of(name, options, 1, 3, 5)
     old = method.initial(pretrained(), 1)
     update = noise(old, 2)
-    new = merge(method, table, old, [(assignment, update) for assignment in plan], plan)
+    new = merged(method, table, old, [(assignment, update) for assignment in plan], plan)
     trained = trained_names(table, plan[0])
     assert all(torch.equal(tensor, update[n] if n in trained else old[n]) for n, tensor in new.items())
-    assert same_bits(old, merge(method, table, old, [], plan))
+    assert same_bits(old, merged(method, table, old, [], plan))
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -292,9 +285,9 @@ def test_the_order_of_clients_matters_only_to_rounding(name, options):
     method, table, plan = plan_of(name, options, 1, 3, 7)
     old = method.initial(pretrained(), 1)
     updates = [(assignment, noise(old, seed)) for seed, assignment in enumerate(plan, start=2)]
-    first = merge(method, table, old, updates, plan)
+    first = merged(method, table, old, updates, plan)
     for order in permutations(updates):
-        for n, tensor in merge(method, table, old, list(order), plan).items():
+        for n, tensor in merged(method, table, old, list(order), plan).items():
             torch.testing.assert_close(tensor, first[n], rtol=1e-5, atol=1e-6)
 
 
@@ -303,7 +296,7 @@ def test_a_subset_of_clients_is_enough(name, options):
     method, table, plan = plan_of(name, options, 1, 3, 7)
     old = method.initial(pretrained(), 1)
     one = noise(old, 2)
-    new = merge(method, table, old, [(plan[1], one)], plan)
+    new = merged(method, table, old, [(plan[1], one)], plan)
     trained, share = trained_names(table, plan[1]), plan[1].weight / sum(assignment.weight for assignment in plan)
     for n, tensor in new.items():
         if n in trained:  # its own update, or as far towards it as its share of the round goes
@@ -396,9 +389,9 @@ def bias_of_the_mean(name: str) -> float:
     def change(tensors: dict) -> torch.Tensor:
         return (method.deployed(tensors)[weight] - tensors[weight]).double()
 
-    merged = change(merge(method, table, old, updates, plan))
+    found = change(merged(method, table, old, updates, plan))
     mean = sum(a.weight * change(tensors) for a, tensors in updates) / sum(a.weight for a, _ in updates)
-    return ((merged - mean).norm() / mean.norm()).item()
+    return ((found - mean).norm() / mean.norm()).item()
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_updates_unless_one_factor_is_frozen():

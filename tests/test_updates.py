@@ -121,7 +121,8 @@ def test_what_was_changed_under_a_fitting_checksum_is_refused_or_can_be_merged(n
 
 NUMBERS = st.integers() | st.floats() | st.integers(-1, 8)
 ANY = st.recursive(st.none() | st.booleans() | NUMBERS | st.text(max_size=3), lambda inner: st.lists(inner, max_size=7), max_leaves=12)
-REGION = st.none() | st.lists(st.integers(0, 7), max_size=7) | st.lists(st.lists(st.integers(0, 5), max_size=5), max_size=3) | ANY
+RUNS = st.sampled_from([[0, 4], [0, 7], [1, 3], [3, 4, 0, 2], [0, 1, 2, 5]]) | st.lists(st.integers(0, 8), max_size=6)
+REGION = st.none() | st.lists(RUNS, max_size=3) | ANY
 ENTRY = st.tuples(st.integers(0, 2) | ANY, REGION, st.floats(0, 8) | ANY) | ANY
 
 
@@ -148,10 +149,9 @@ def needed(encoding: Encoding, entries) -> int:
     words = 0
     try:
         for number, region, _ in entries:
-            pair = region and isinstance(region[0], list)
-            shape = UNIT.tensors[number].shape if region is None else tuple(map(len, region)) if pair else (len(region),)
-            words += encoding.codec.encoded_words(shape)
-    except (TypeError, ValueError, IndexError, KeyError):
+            shape = UNIT.tensors[number].shape if region is None else tuple(sum(np.diff(runs)[::2]) for runs in region)
+            words += encoding.codec.encoded_words(shape) if all(length <= 8 for length in shape) else 0
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError):
         pass
     return words
 

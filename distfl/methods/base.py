@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +20,16 @@ from distfl.costs import Cost, Costs, WholeBlock
 from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
-from distfl.messages import Assignment, Piece
+from distfl.messages import Assignment, Piece, Region, cut, shape_of
 from distfl.model import ModelSpec, TinyTransformer, skeleton
 from distfl.planner import Selection, cheapest, select, widest
 from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
 from distfl.training import learning_rate, state_tensors
-from distfl.units import Unit, UnitTable, Window, freeze_outside
+from distfl.units import TensorSpec, Unit, UnitTable, Window, freeze_outside
+
+MeanOf = Callable[[str], tuple[Tensor, Tensor]]  # tensor's name -> mean and share
+Detail = dict[str, Any]  # what a method decides besides the window: a rank, a width; {} where there is nothing
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Workload:
         levers: which recipes the planner may use.
         stable_units: leading units that no client of the fleet ever trains.
         learning_rate: of the round being planned.
+        seed: of the run.
     """
 
     costs: Costs
     training: TrainingConfig
     levers: LeversConfig
     learning_rate: float
+    seed: int = 0
     stable_units: int = 0
 
     def costs_for(self, client: Client) -> Costs:
@@ -62,13 +68,16 @@ class Workload:
 
 
 class Method(ABC):
-    """One federated method. Only ``select`` and ``plan`` have no default."""
+    """One federated method. Only ``select`` and ``plan`` have no default.
+
+    Tensors live in three places, alike unless a method says otherwise: *shared*, on the server; *held* by a client, which may be
+    parts of them (``part``); and where means are taken (``mean_unit``, ``lifted``, ``restore``, ``finish``).
+    """
 
     Options: ClassVar[type]  # frozen dataclass of method.options
     source: ClassVar[str]  # paper, section
-    needs_each_update: ClassVar[bool] = False  # True: its merge is no mean of pieces, so the server must see all updates
     ignores_budgets: bool = False  # True: plans beyond them on purpose, which only memory.enforce=report allows
-    block: WholeBlock = WholeBlock()  # what a block in a window keeps and computes
+    new_basis: ClassVar[bool] = False  # True: what a client trains means something else in every round, so it cannot keep anything of it
 
     def __init__(self, options: Any):
         self.options = options
@@ -81,10 +90,6 @@ class Method(ABC):
         """Server: first values of all shared tensors; a method that inserts tensors adds theirs. Default: the pretrained ones."""
         return pretrained
 
-    def shared(self, model: TinyTransformer) -> dict[str, Tensor]:
-        """The tensors that the server owns, in the model's order."""
-        return model.named_tensors()
-
     def trains(self, name: str) -> bool:
         """Whether clients ever train the shared tensor of this name. One that they never do is sent once, and no window holds it."""
         return True
@@ -96,6 +101,23 @@ class Method(ABC):
     def deployed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain model's tensors, all that the method inserted merged into them; default: as they are."""
         return tensors
+
+    # --- what a client holds
+    def details(self, spec: ModelSpec) -> Sequence[Detail]:
+        """What a client may be told besides its window, best first; default: nothing."""
+        return [{}]
+
+    def part(self, tensor: TensorSpec, detail: Detail) -> Region:
+        """The region of a shared tensor that a client holds (NOT_HELD: none of it); default: the whole."""
+        return None
+
+    def receives(self, tensor: str, detail: Detail) -> bool:
+        """Whether a client is sent what it holds of the shared tensor of this name; else it makes it itself. Default: it is."""
+        return True
+
+    def block(self, spec: ModelSpec, detail: Detail) -> WholeBlock:
+        """What a block keeps and computes; default: a plain one."""
+        return WholeBlock()
 
     # --- server; pure, so that `distfl plan` prints it without training
     @abstractmethod
@@ -110,31 +132,31 @@ class Method(ABC):
             limits: client id -> most blocks it may train, learnt from rounds in which it ran into its cap.
         """
 
-    def cost(self, client: Client, window: Any, workload: Workload) -> Cost:
-        """Peak, upload and FLOPs of a client's round, by the cheapest recipe that fits its budget; default: those of its window."""
+    def cost(self, client: Client, window: Window, workload: Workload) -> Cost:
+        """Peak, upload and FLOPs of a client's round, by the best detail, and for that the cheapest recipe, that fit its budget."""
         blocks = workload.costs.table.trained_blocks(window)
-        return cheapest((self.cost_by(client, window, recipe, workload) for recipe in workload.recipes(client, blocks)), client.budget)
+        details, recipes = self.details(workload.costs.spec), list(workload.recipes(client, blocks))
+        return cheapest((self.cost_by(client, window, recipe, workload, detail) for detail in details for recipe in recipes), client.budget)
 
-    def cost_by(self, client: Client, window: Any, recipe: Recipe, workload: Workload) -> Cost:
-        """The same by a given recipe."""
-        costs = workload.costs_for(client)
+    def cost_by(self, client: Client, window: Window, recipe: Recipe, workload: Workload, detail: Detail) -> Cost:
+        """The same by a given detail and recipe."""
+        costs = self.held(workload.costs_for(client), detail)
         tokens = workload.sequences(client) * costs.spec.context
-        upload = self.upload_bytes(client, window, workload)
-        return Cost(costs.peak(window, recipe), upload, costs.flops(window, tokens, recipe), recipe)
-
-    def upload_bytes(self, client: Client, window: Any, workload: Workload) -> int:
-        """Payload of the update as it is encoded, without block headers."""
-        return workload.costs.upload_bytes(window)
+        return Cost(costs.peak(window, recipe), costs.upload_bytes(window), costs.flops(window, tokens, recipe), recipe, detail)
 
     def stable_units(self, clients: Sequence[Client], workload: Workload) -> int:
         """Leading units that none of these clients trains in any round; their outputs can be kept. Default: none is known."""
         return 0
 
+    def held(self, costs: Costs, detail: Detail) -> Costs:
+        """The formulas of what a client with this detail holds."""
+        return _held(self, costs, tuple(detail.items()))
+
     def assignment(
-        self, round: int, client: Client, window: Any, recipe: Recipe, weight: float, workload: Workload, **detail: Any
+        self, round: int, client: Client, window: Window, recipe: Recipe, weight: float, workload: Workload, detail: Detail
     ) -> Assignment:
         """An assignment with its predicted costs."""
-        cost = self.cost_by(client, window, recipe, workload)
+        cost = self.cost_by(client, window, recipe, workload, detail)
         return Assignment(
             round,
             client.id,
@@ -154,39 +176,63 @@ class Method(ABC):
         """The assignment of a client that cannot take part."""
         return Assignment(round, client.id, None, weight, client.budget.memory_bytes, 0, 0, 0, Recipe(1), workload.learning_rate)
 
-    def trained_bytes(self, window: Any, table: UnitTable) -> int:
-        """Bytes of the tensors that a client with this window trains; all others it only reads."""
-        return table.window_bytes(window)
-
     # --- client
+    def hold(self, model: TinyTransformer, assignment: Assignment) -> None:
+        """Make the model of the shared tensors the one that the client holds, by the parts of its detail; default: cut them out."""
+        if not assignment.detail:
+            return
+        for name, parameter in list(model.named_parameters()):
+            region = self.part(TensorSpec(name, tuple(parameter.shape), 0), assignment.detail)
+            if region is not None:
+                owner, _, attribute = name.rpartition(".")
+                held = Parameter(cut(parameter.data, region)) if math.prod(shape_of(region, parameter.shape)) else None
+                setattr(model.get_submodule(owner), attribute, held)
+
     @contextmanager
     def attached(self, model: TinyTransformer, assignment: Assignment) -> Iterator[list[Parameter]]:
-        """What the optimiser may touch; default: freeze outside the window."""
+        """What the optimiser may touch of the model that the client holds; default: freeze outside the window."""
         yield freeze_outside(model, assignment.window, self.trains)
 
     def collect(self, tensors: dict[str, Tensor], assignment: Assignment, unit: Unit) -> list[Piece]:
-        """The pieces of one unit to send; default: the whole tensors of units in the window.
+        """The pieces of one unit to send; default: what the client holds of the tensors of units in the window.
 
         A tensor comes in one piece at most, none of its places twice, no heavier than the assignment: else it is refused.
+
+        Args:
+            tensors: of the client's model, by name.
+            unit: with the shared tensors.
         """
         if unit.index not in assignment.window:
             return []
-        return [Piece(unit.index, tensor.name, None, tensors[tensor.name], assignment.weight) for tensor in unit.tensors]
+        return [
+            Piece(unit.index, tensor.name, self.part(tensor, assignment.detail), tensors[tensor.name], assignment.weight)
+            for tensor in unit.tensors
+            if tensor.name in tensors
+        ]
 
-    # --- server, end of a round
+    # --- end of a round
+    def mean_unit(self, unit: Unit) -> Unit:
+        """The tensors of which means are taken in place of those of a shared unit; default: these."""
+        return unit
+
+    def lifted(self, unit: Unit, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The shared tensors of a unit where means are taken; default: as they are."""
+        return shared
+
     def restore(self, pieces: list[Piece], assignment: Assignment) -> list[Piece]:
-        """Bring pieces into the space where means are taken; default: unchanged."""
+        """Bring the pieces of a unit to where means are taken; default: as they are."""
         return pieces
 
-    def finish(self, unit: Unit, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
-        """The new shared tensor.
+    def finish(self, unit: Unit, shared: Mapping[str, Tensor], mean_of: MeanOf) -> Iterator[tuple[str, Tensor]]:
+        """New shared tensors by name, of any unit; what is not named stays. Default: the means.
 
         Args:
-            old: before the round.
-            mean: weighted mean of what clients sent; equals ``old`` where nobody sent anything.
-            share: part of the round's weight behind each element, 0 to 1; a scalar tensor where it is the same for all.
+            shared: before the round.
+            mean_of: weighted mean of what clients sent, equal to what is ``lifted`` where nobody sent anything, and the part of the
+                round's weight behind each element, 0 to 1; a scalar tensor where it is the same for all.
         """
-        return mean
+        for tensor in unit.tensors:
+            yield tensor.name, mean_of(tensor.name)[0]
 
 
 class LastBlocks(Method):
@@ -210,8 +256,8 @@ class LastBlocks(Method):
         weight = self.weight(client)
         if not blocks:
             return self.sits_out(round, client, weight, workload)
-        recipe = self.cost_of_blocks(workload, client, min(blocks, admitted)).recipe
-        return self.assignment(round, client, self.window(workload.costs.table, blocks), recipe, weight, workload)
+        cost = self.cost_of_blocks(workload, client, min(blocks, admitted))
+        return self.assignment(round, client, self.window(workload.costs.table, blocks), cost.recipe, weight, workload, cost.detail)
 
     def planned_blocks(self, client: Client, admitted: int, depth: int) -> int:
         """How many blocks a client trains whose budget admits so many."""
@@ -256,7 +302,8 @@ def load_method(name: str, options: dict[str, Any]) -> Method:
 
 def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -> Workload:
     """Formulas of one depth under this config."""
-    return Workload(costs_of(config, method, spec), config.training, config.levers, learning_rate(config.training, round, config.rounds))
+    rate = learning_rate(config.training, round, config.rounds)
+    return Workload(costs_of(config, method, spec), config.training, config.levers, rate, config.seed)
 
 
 def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
@@ -269,7 +316,7 @@ def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
         margin,
         config.levers.frozen_precision,
         encoding_of(config.transport),
-        method.block,
+        method.block(spec, {}),
     )
 
 
@@ -277,4 +324,13 @@ def table_of(method: Method, spec: ModelSpec) -> UnitTable:
     """The units of what the method shares."""
     model = skeleton(spec)
     method.prepare(model)
-    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in method.shared(model).items()}, method.trains)
+    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, method.trains)
+
+
+@lru_cache(maxsize=2**10)
+def _held(method: Method, costs: Costs, detail: tuple[tuple[str, Any], ...]) -> Costs:
+    if not detail:
+        return costs
+    held = {tensor.name: shape_of(method.part(tensor, dict(detail)), tensor.shape) for unit in costs.table for tensor in unit.tensors}
+    table = UnitTable(costs.spec, {name: shape for name, shape in held.items() if math.prod(shape)}, method.trains)
+    return replace(costs, table=table, block=method.block(costs.spec, dict(detail)))

@@ -8,7 +8,7 @@ between depths (the deeper wins), the embedding (always frozen).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distfl.errors import ConfigError
 from distfl.fleet import Client
-from distfl.methods.base import LastBlocks, Workload
+from distfl.methods.base import LastBlocks, MeanOf, Workload
 from distfl.planner import Selection
 from distfl.units import Unit
 
@@ -64,10 +64,12 @@ class Caff(LastBlocks):
     def weight(self, client: Client) -> float:
         return float(client.rows) if self.options.averaging == "contributors" else 1.0
 
-    def finish(self, unit: Unit, old: Tensor, mean: Tensor, share: Tensor) -> Tensor:
+    def finish(self, unit: Unit, shared: Mapping[str, Tensor], mean_of: MeanOf) -> Iterator[tuple[str, Tensor]]:
         if self.options.averaging == "contributors":
-            return mean
-        return torch.lerp(old, mean, share)  # exact where mean equals old
+            yield from super().finish(unit, shared, mean_of)
+            return
+        for tensor in unit.tensors:
+            yield tensor.name, torch.lerp(shared[tensor.name], *mean_of(tensor.name))  # exact where the mean is the old value
 
 
 METHOD = Caff

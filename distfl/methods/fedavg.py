@@ -50,7 +50,8 @@ class WholeModel(Method):
         if limits.get(client.id, depth) < depth or not self.blocks(workload, client):
             return self.sits_out(round, client, weight, workload)
         window = self.window(table, depth)
-        return self.assignment(round, client, window, self.cost(client, window, workload).recipe, weight, workload)
+        cost = self.cost(client, window, workload)
+        return self.assignment(round, client, window, cost.recipe, weight, workload, cost.detail)
 
     def blocks(self, workload: Workload, client: Client) -> int:
         """All, or none where the client cannot afford the whole model."""

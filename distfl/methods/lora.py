@@ -11,15 +11,14 @@ a client runs the adapters below its window as it received them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
 
 from distfl import lora
 from distfl.lora import AdaptedBlock
-from distfl.methods.base import LastBlocks
-from distfl.model import TinyTransformer
+from distfl.methods.base import Detail, LastBlocks
+from distfl.model import ModelSpec, TinyTransformer
 from distfl.settings import require
 
 
@@ -64,8 +63,7 @@ class Lora(LastBlocks):
     def most_blocks(self) -> int | None:
         return self.options.blocks
 
-    @cached_property
-    def block(self) -> AdaptedBlock:
+    def block(self, spec: ModelSpec, detail: Detail) -> AdaptedBlock:
         return AdaptedBlock(self.options.rank, self.options.targets, "_A" in self.trained_factors)
 
     def prepare(self, model: TinyTransformer) -> None:

@@ -69,7 +69,7 @@ def test_a_byte_that_nobody_counted_is_named(distfl, config, tmp_path):
         (lambda audit: first(audit, "down").update({"block.1": 50}), 100),
         (lambda audit: audit.run.rounds[1].update(download_bytes=audit.run.rounds[1]["download_bytes"] - 7), 7),
         (lambda audit: audit.run.clients[0].update(predicted_upload_bytes=audit.run.clients[0]["predicted_upload_bytes"] - 10**6), None),
-        (lambda audit: audit.run.rounds[1]["contributors"].update(head=0), None),
+        (lambda audit: audit.traffic[1]["payload"]["changed"].remove("head"), None),
         (junk_report, 1000),
         (longer_orders, None),
         (lambda audit: audit.ledgers[0]["received"].update(other=12), 12),

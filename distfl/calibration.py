@@ -60,6 +60,7 @@ class Case:
     codec: str = "exact"
     method: str = "caff"
     options: tuple[tuple[str, Any], ...] = ()
+    detail: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ def compare(case: Case, folder: Path) -> Comparison:
 
 def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> ClientReport:
     """One round of the case's client under a cap."""
-    window = state.method.window(state.table, case.blocks)
-    predicted = state.costs.peak(window, case.recipe).bytes
-    return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3))[1]
+    window, detail = state.method.window(state.table, case.blocks), state.method.details(case.spec)[case.detail]
+    predicted = state.method.held(state.costs, detail).peak(window, case.recipe).bytes
+    return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3, detail=detail))[1]
 
 
 def rank_of(case: Case, folder: Path, steps: int = STEPS) -> RankState:

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class FeatureFile:
         versions: of these units; a file is of no use once one of them has changed.
     """
 
-    def __init__(self, rows: int, context: int, width: int, versions: tuple[int, ...]):
+    def __init__(self, rows: int, context: int, width: int, versions: tuple[Any, ...]):
         self.versions = versions
         self._entry_bytes = context * width * np.dtype(np.float32).itemsize
         self._file = tempfile.TemporaryFile(prefix="distfl-features-")
@@ -105,7 +106,7 @@ class FeatureShelf:
         self._files: dict[tuple[int, int], FeatureFile] = {}  # used last comes last
         self._most_files = most_files
 
-    def files(self, client: int, levels: list[int], rows: int, context: int, width: int, versions: list[int]) -> dict[int, FeatureFile]:
+    def files(self, client: int, levels: list[int], rows: int, context: int, width: int, versions: list[Any]) -> dict[int, FeatureFile]:
         """The client's files of these levels; one whose units have changed since starts empty. Where none can be
         made, features are not kept."""
         found = {}

@@ -163,7 +163,7 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
     """Train the client's own copy of what it may train, then encode it unit by unit."""
     model = build_model(state.method, state.spec, state.replica.tensors)
     data = state.shards.train(assignment.client, state.spec.context)
-    state.method.hold(model, assignment)
+    state.method.hold(model, assignment, state.config.seed)
     with state.method.attached(model, assignment) as parameters:
         _own(parameters)
         narrow(model, assignment.window, state.config.levers.frozen_precision)
@@ -210,7 +210,7 @@ def _feature_files(state: RankState, assignment: Assignment) -> dict[int, Featur
     rows = len(state.shards.train(assignment.client, state.spec.context))
     again = training.epochs > 1 if training.epochs is not None else training.steps * min(training.batch, rows) > rows
     levels = {min(assignment.stable_units, first), *([first] if again else [])}
-    versions = state.replica.versions
+    versions = [(state.table.versions_of(part, state.replica.versions), assignment.detail) for part in range(first)]
     return state.shelf.files(assignment.client, sorted(levels - {0, 1}), rows, state.spec.context, state.spec.width, versions)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch.nn import Parameter
 
 from distfl import seeds
 from distfl.costs import WholeBlock
+from distfl.messages import Piece
 from distfl.model import Linear, ModelSpec, TinyTransformer
+from distfl.units import Unit, one_after_another
 
 # target -> the layer it is part of, and which of the layer's equal parts of output rows: queries, keys, values are one layer's thirds
 PLACES = {"q": ("qkv", 0, 3), "k": ("qkv", 1, 3), "v": ("qkv", 2, 3), "proj": ("proj", 0, 1), "fc1": ("fc1", 0, 1), "fc2": ("fc2", 0, 1)}
@@ -37,7 +40,7 @@ class Adapted(Linear):
     def __init__(self, layer: Linear, targets: tuple[str, ...], rank: int, scale: float):
         outputs, inputs = layer.weight.shape
         super().__init__(inputs, outputs, device="meta")
-        self.weight, self.bias, self.targets, self.rank, self.scale = layer.weight, layer.bias, targets, rank, scale
+        self.weight, self.bias, self.targets, self.scale = layer.weight, layer.bias, targets, scale
         for target in targets:
             rows = outputs // PLACES[target][2]
             self.register_parameter(f"{target}_A", Parameter(torch.empty(rank, inputs, device=layer.weight.device)))
@@ -54,7 +57,7 @@ class Adapted(Linear):
 
     @property
     def kept_columns(self) -> int:
-        return self.out_features + self.rank * len(self.targets)
+        return self.out_features + sum(len(self.get_parameter(f"{target}_A")) for target in self.targets)
 
 
 class _Product(torch.autograd.Function):
@@ -119,11 +122,22 @@ def initial_adapters(tensors: dict[str, Tensor], targets: tuple[str, ...], rank:
         for target in targets if kind == "weight" else ():
             if layer.startswith("blocks.") and layer.endswith("." + PLACES[target][0]):
                 outputs, inputs = weight.shape
-                bound = 1 / math.sqrt(inputs)
-                draws = seeds.generator(seed, f"{layer}.{target}_A").uniform(-bound, bound, (rank, inputs))
-                adapters[f"{layer}.{target}_A"] = torch.from_numpy(draws).float()
+                adapters[f"{layer}.{target}_A"] = drawn((rank, inputs), seeds.generator(seed, f"{layer}.{target}_A"))
                 adapters[f"{layer}.{target}_B"] = torch.zeros(outputs // PLACES[target][2], rank)
     return adapters
+
+
+def drawn(shape: tuple[int, int], draws: np.random.Generator) -> Tensor:
+    """First values of an A (r, inputs)."""
+    bound = 1 / math.sqrt(shape[1])
+    return torch.from_numpy(draws.uniform(-bound, bound, shape)).float()
+
+
+def place_of(product: str, outputs: int) -> tuple[str, slice]:
+    """The matrix that a product ``<layer>.<target>`` belongs to, and which of its rows, so many for each of the layer's parts."""
+    layer, _, target = product.rpartition(".")
+    start = PLACES[target][1] * outputs
+    return f"{layer}.weight", slice(start, start + outputs)
 
 
 def merged(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -131,13 +145,31 @@ def merged(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     plain = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     for name, down in tensors.items():
         if name.endswith("_A"):
-            layer, _, adapter = name.rpartition(".")
-            target = adapter.removesuffix("_A")
-            up, weight = tensors[f"{layer}.{target}_B"], plain[f"{layer}.weight"].clone()
-            start = PLACES[target][1] * (len(weight) // PLACES[target][2])
-            weight[start : start + len(up)] += scale * (up @ down)
-            plain[f"{layer}.weight"] = weight
+            product = name.removesuffix("_A")
+            up = tensors[f"{product}_B"]
+            matrix, rows = place_of(product, len(up))
+            plain[matrix] = plain[matrix].clone()
+            plain[matrix][rows] += scale * (up @ down)
     return plain
+
+
+def mean_unit(unit: Unit) -> Unit:
+    """The unit with one tensor, of the matrix's shape, in place of every pair of factors."""
+    shapes = {tensor.name: tensor.shape for tensor in unit.tensors if not is_adapter(tensor.name)}
+    downs = {t.name.removesuffix("_A"): t.shape for t in unit.tensors if t.name.endswith("_A")}
+    ups = {t.name.removesuffix("_B"): t.shape for t in unit.tensors if t.name.endswith("_B")}
+    return Unit(unit.index, unit.name, one_after_another([*shapes.items(), *((name, (ups[name][0], downs[name][1])) for name in downs)]))
+
+
+def products(pieces: list[Piece]) -> list[Piece]:
+    """Of every pair of factors B A, which means something whatever their ranks; other pieces as they are."""
+    by_name = {piece.name: piece for piece in pieces}
+    found = [piece for piece in pieces if not is_adapter(piece.name)]
+    for name, down in by_name.items():
+        if name.endswith("_A"):
+            product = name.removesuffix("_A")
+            found.append(Piece(down.unit, product, None, by_name[f"{product}_B"].values @ down.values, down.weight))
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ in a unit of their own behind all others, which no window reaches: it is sent on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +81,9 @@ class UnitTable:
         parts: list[tuple[list, list]] = [([], []) for _ in range(spec.depth + 2)]  # trained and never trained; either may be empty
         for name, shape in shapes.items():
             parts[self._part_of(name)][not trains(name)].append((name, shape))
-        self.trainable = tuple(Unit(part, self._name(part), _one_after_another(trained)) for part, (trained, _) in enumerate(parts))
+        self.trainable = tuple(Unit(part, self._name(part), one_after_another(trained)) for part, (trained, _) in enumerate(parts))
         self._frozen = {
-            part: Unit(len(parts) + place, f"{self._name(part)}.frozen", _one_after_another(parts[part][1]))
+            part: Unit(len(parts) + place, f"{self._name(part)}.frozen", one_after_another(parts[part][1]))
             for place, part in enumerate(part for part, (_, never) in enumerate(parts) if never)
         }
         self.units = (*self.trainable, *self._frozen.values())
@@ -99,6 +99,10 @@ class UnitTable:
     def tensors_of(self, part: int) -> tuple[TensorSpec, ...]:
         """All tensors of the embedding, a block or the head, never trained ones too."""
         return self.units[part].tensors + (self._frozen[part].tensors if part in self._frozen else ())
+
+    def versions_of(self, part: int, versions: Sequence[int]) -> list[int]:
+        """Of the embedding, a block or the head: one, or two where some of its tensors never train."""
+        return [versions[part], *([versions[self._frozen[part].index]] if part in self._frozen else [])]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -126,7 +130,8 @@ class UnitTable:
         return sum(self.units[unit].bytes for unit in window.units)
 
 
-def _one_after_another(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
+def one_after_another(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
+    """Tensors of these names and shapes as they lie in a unit's buffer."""
     placed: list[TensorSpec] = []
     for name, shape in tensors:
         placed.append(TensorSpec(name, shape, placed[-1].offset + placed[-1].elements if placed else 0))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from helpers import merge, same_bits, tokens
 from live_bytes import LiveBytes
 
 from distfl import costs as costs_module
-from distfl import hosting, methods
+from distfl import hosting, lora, methods
+from distfl.aggregation import FixedPointMean
 from distfl.calibration import Case, rank_of
 from distfl.caps.rlimit import Report
 from distfl.config import (
@@ -41,7 +43,11 @@ from distfl.updates import LEAD
 
 NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 # beyond a method's defaults, what makes it plan or train something else
-VARIANTS = {"caff": [{"averaging": "participation"}], "lora": [{"targets": ["q", "v"], "rank": 3}, {"head": False, "blocks": 2}]}
+VARIANTS = {
+    "caff": [{"averaging": "participation"}],
+    "lora": [{"targets": ["q", "v"], "rank": 3}, {"head": False, "blocks": 2}],
+    "hetlora": [{"padding": "none"}],
+}
 CASES = [pytest.param(name, options, id=f"{name} {options or ''}".strip()) for name in NAMES for options in ({}, *VARIANTS.get(name, ()))]
 DEFAULTS = [pytest.param(name, {}, id=name) for name in NAMES]
 
@@ -74,12 +80,6 @@ def client(id: int, rows: int = 4, budget: Budget = UNLIMITED) -> Client:
 
 def pretrained(spec: ModelSpec = SPEC, seed: int = 1) -> dict[str, torch.Tensor]:
     return initial_tensors(spec, torch.Generator().manual_seed(seed))
-
-
-def noise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Random values in place of these, so that no zero hides anything."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
 
 
 # --- plans -------------------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_only_what_is_sent_was_trained_and_the_optimiser_sees_nothing_else(name,
     blocks, report = hosting.host(state, Report(), order)
     assert report.ok and report.samples == 4
     sent = decoded(state, blocks, order)
-    assert sent.keys() == names == {t.name for unit in order.window.units for t in state.table[unit].tensors}
+    assert sent.keys() == names
     assert sum(tensor.nbytes for tensor in sent.values()) == state.method.held(state.costs, order.detail).table.window_bytes(order.window)
     assert any(not torch.equal(tensor, before[n]) for n, tensor in sent.items())
     assert same_bits(state.replica.tensors, before)  # the node's copy is nobody's to train
@@ -226,8 +226,7 @@ def test_before_any_training_the_model_is_the_pretrained_one(name, options):
     method, x = load_method(name, options), tokens(2, 8, 40)
     shared = method.initial(pretrained(), 1)
     assert {n: tuple(t.shape) for n, t in shared.items()} == {t.name: t.shape for unit in table_of(method, SPEC) for t in unit.tensors}
-    with torch.no_grad():
-        assert torch.equal(build_model(method, SPEC, shared)(x), from_tensors(SPEC, pretrained())(x))
+    assert torch.allclose(outputs(method, shared, x), from_tensors(SPEC, pretrained())(x), atol=1e-5)
     deployed = method.deployed(shared)
     assert deployed.keys() == pretrained().keys() and all(torch.equal(deployed[n], t) for n, t in pretrained().items())
     assert same_bits(method.initial(pretrained(), 1), shared)
@@ -235,11 +234,10 @@ def test_before_any_training_the_model_is_the_pretrained_one(name, options):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_a_deployed_model_is_a_plain_one_that_computes_the_same(name, options):
-    method, x = load_method(name, options), tokens(2, 8, 40)
-    shared = {n: t * 0.1 for n, t in noise(method.initial(pretrained(), 1), 2).items()}
-    with torch.no_grad():
-        found = from_tensors(SPEC, method.deployed(shared))(x)
-        torch.testing.assert_close(found, build_model(method, SPEC, shared)(x), rtol=1e-4, atol=1e-5)
+    method, table, plan = plan_of(name, options, 1, 3)
+    shared, x = moved(method, table, plan), tokens(2, 8, 40)
+    assert not torch.allclose(outputs(method, shared, x), from_tensors(SPEC, pretrained())(x), atol=1e-2)
+    torch.testing.assert_close(outputs(method, shared, x), from_tensors(SPEC, method.deployed(shared))(x), rtol=1e-4, atol=1e-5)
 
 
 # --- merging -----------------------------------------------------------------------------------------------------------------------
@@ -251,65 +249,142 @@ def plan_of(name: str, options: dict, *rows: int):
     return method, work.costs.table, method.plan(1, [client(i, count) for i, count in enumerate(rows)], work, {})
 
 
+@torch.no_grad()
+def outputs(method, shared: dict, x: torch.Tensor, assignment: Assignment | None = None) -> torch.Tensor:
+    """Of the shared model, or of what a client with this assignment would hold of it."""
+    model = build_model(method, SPEC, shared)
+    if assignment is not None:
+        method.hold(model, assignment, 1)
+    return model(x)
+
+
+def held(method, shared: dict, assignment: Assignment) -> dict[str, torch.Tensor]:
+    """Copies of what a client holds of the shared model."""
+    model = build_model(method, SPEC, shared)
+    method.hold(model, assignment, 1)
+    return {n: tensor.clone() for n, tensor in model.named_tensors().items()}
+
+
+def trained(method, shared: dict, assignment: Assignment, seed: int) -> dict[str, torch.Tensor]:
+    """A client's model after local steps that moved all that it trains at random."""
+    tensors, generator = held(method, shared, assignment), torch.Generator().manual_seed(seed)
+    for n in trained_names(method, tensors, assignment):
+        tensors[n] += 0.1 * torch.randn(tensors[n].shape, generator=generator)
+    return tensors
+
+
+def trained_names(method, tensors: dict, assignment: Assignment) -> set[str]:
+    units = table_of(method, SPEC)
+    return {n for n in tensors if units.place[n] in assignment.window}
+
+
+def moved(method, table, plan: list[Assignment]) -> dict[str, torch.Tensor]:
+    """Shared tensors after a round of such steps."""
+    old = method.initial(pretrained(), 1)
+    return merged(method, table, old, [(assignment, trained(method, old, assignment, 7 + assignment.client)) for assignment in plan], plan)
+
+
 def merged(method, table, old: dict, updates: list[tuple[Assignment, dict]], of: list[Assignment]) -> dict:
     """A round's server half, without the wire; ``of``: all that took part."""
     return merge(method, table, old, updates, sum(assignment.weight for assignment in of))
 
 
-def trained_names(table, assignment: Assignment) -> set[str]:
-    return {tensor.name for unit in assignment.window.units for tensor in table[unit].tensors}
+def close(method, left: dict, right: dict) -> bool:
+    """The same plain model: bit for bit, or to rounding where another basis says the same."""
+    left, right = method.deployed(left), method.deployed(right)
+    same = (lambda a, b: torch.allclose(a, b, atol=1e-5)) if method.new_basis else torch.equal
+    return left.keys() == right.keys() and all(same(left[n], right[n]) for n in left)
 
 
 @pytest.mark.parametrize("name, options", CASES)
-def test_no_local_step_changes_nothing_bit_for_bit(name, options, rank):
+def test_no_local_step_changes_nothing(name, options, rank):
     state, plan = rank(name, options, steps=0)
-    old = noise(state.replica.copy(), 3)
+    old = moved(state.method, state.table, plan)
     state.replica.fill(old)
     updates = [(order, decoded(state, hosting.host(state, Report(), order)[0], order)) for order in plan]
-    assert same_bits(old, merged(state.method, state.table, old, updates, plan))
+    new = merged(state.method, state.table, old, updates, plan)
+    assert close(state.method, new, old) and close(state.method, merged(state.method, state.table, old, [], plan), old)
 
 
 @pytest.mark.parametrize("name, options", CASES)
-def test_equal_updates_merge_to_that_update_and_what_nobody_trained_keeps_its_value(name, options):
+def test_equal_updates_merge_to_that_update(name, options):
+    """What clients of the same detail would be sent next computes what their models computed."""
     method, table, plan = plan_of(name, options, 1, 3, 5)
-    old = method.initial(pretrained(), 1)
-    update = noise(old, 2)
-    new = merged(method, table, old, [(assignment, update) for assignment in plan], plan)
-    trained = trained_names(table, plan[0])
-    assert all(torch.equal(tensor, update[n] if n in trained else old[n]) for n, tensor in new.items())
-    assert same_bits(old, merged(method, table, old, [], plan))
+    old, x = moved(method, table, plan), tokens(2, 8, 40)
+    for number, detail in enumerate(method.details(SPEC)):
+        alike = [replace(assignment, detail=detail) for assignment in plan]
+        update = trained(method, old, alike[0], seed=number)
+        for part in (alike, alike[1:2]):  # all of a round, and one alone
+            new = merged(method, table, old, [(assignment, update) for assignment in part], part)
+            found, wanted = held(method, new, alike[0]), update
+            if method.new_basis:  # the same by other numbers
+                model = build_model(method, SPEC, old)
+                method.hold(model, alike[0], 1)
+                model.load_state_dict(update, assign=True)
+                with torch.no_grad():
+                    torch.testing.assert_close(outputs(method, new, x, alike[0]), model(x), rtol=1e-3, atol=1e-4)
+            else:
+                assert same_bits(found, wanted)
 
 
 @pytest.mark.parametrize("name, options", CASES)
-def test_the_order_of_clients_matters_only_to_rounding(name, options):
-    method, table, plan = plan_of(name, options, 1, 3, 7)
-    old = method.initial(pretrained(), 1)
-    updates = [(assignment, noise(old, seed)) for seed, assignment in enumerate(plan, start=2)]
-    first = merged(method, table, old, updates, plan)
-    for order in permutations(updates):
-        for n, tensor in merged(method, table, old, list(order), plan).items():
-            torch.testing.assert_close(tensor, first[n], rtol=1e-5, atol=1e-6)
+def test_what_nobody_held_or_trained_keeps_its_value(name, options):
+    method, table, plan = plan_of(name, options, 1, 3)
+    old, smallest = moved(method, table, plan), method.details(SPEC)[-1]
+    window = method.window(table, 1)
+    orders = [replace(assignment, window=window, detail=smallest) for assignment in plan]
+    new = merged(method, table, old, [(order, trained(method, old, order, order.client)) for order in orders], orders)
+    changed = {n for n in old if not torch.equal(old[n], new[n])}
+    assert changed and {table.place[n] % (SPEC.depth + 2) for n in changed} <= set(window.units)
+    for unit in table.trainable if not method.new_basis else ():
+        for tensor in unit.tensors:
+            region = method.part(tensor, smallest)
+            if region is not None and tensor.name in changed:
+                untouched = torch.ones(tensor.shape, dtype=bool)
+                untouched[np.ix_(*region) if isinstance(region, tuple) else region] = False
+                assert torch.equal(old[tensor.name][untouched], new[tensor.name][untouched])
 
 
 @pytest.mark.parametrize("name, options", CASES)
-def test_a_subset_of_clients_is_enough(name, options):
+def test_the_order_of_clients_matters_only_to_rounding_and_who_is_absent_does_not_count(name, options):
     method, table, plan = plan_of(name, options, 1, 3, 7)
-    old = method.initial(pretrained(), 1)
-    one = noise(old, 2)
-    new = merged(method, table, old, [(plan[1], one)], plan)
-    trained, share = trained_names(table, plan[1]), plan[1].weight / sum(assignment.weight for assignment in plan)
-    for n, tensor in new.items():
-        if n in trained:  # its own update, or as far towards it as its share of the round goes
-            near = [one[n], torch.lerp(old[n], one[n], share)]
-            assert any(torch.allclose(tensor, value, rtol=1e-5, atol=1e-6) for value in near)
-        else:
-            assert torch.equal(tensor, old[n])
+    old, details = moved(method, table, plan), method.details(SPEC)
+    orders = [replace(assignment, detail=details[number % len(details)]) for number, assignment in enumerate(plan)]
+    updates = [(order, trained(method, old, order, order.client)) for order in orders]
+    first = method.deployed(merged(method, table, old, updates, orders))
+    for shuffled in permutations(updates):
+        for n, tensor in method.deployed(merged(method, table, old, list(shuffled), orders)).items():
+            torch.testing.assert_close(tensor, first[n], rtol=1e-4, atol=1e-5)
+    two = merged(method, table, old, updates[:2], orders[:2])
+    if options.get("averaging") != "participation":  # there the share of those present counts
+        assert close(method, two, merged(method, table, old, updates[:2], orders))
+
+
+@pytest.mark.parametrize("name, options", [("caff", {}), *((name, {}) for name in NAMES if len(load_method(name, {}).details(SPEC)) > 1)])
+def test_partial_sums_of_ranks_say_the_same(name, options):
+    """Means in fixed point, of parts and in spaces of their own, as ``transport.collective=reduce`` takes them."""
+    method, table, plan = plan_of(name, options, 1, 3, 7)
+    old, details, total = moved(method, table, plan), method.details(SPEC), sum(assignment.weight for assignment in plan)
+    orders = [replace(assignment, detail=details[number % len(details)]) for number, assignment in enumerate(plan)]
+    updates = [(order, trained(method, old, order, order.client)) for order in orders]
+    exact, new = merged(method, table, old, updates, orders), dict(old)
+    for unit in filter(lambda unit: unit.tensors, table.trainable):
+        lifted, sums = method.lifted(unit, old), [FixedPointMean(method.mean_unit(unit), total) for _ in range(2)]
+        for place, (order, tensors) in enumerate(updates):
+            sums[place % 2].add(method.restore(method.collect(tensors, order, unit), order))
+        by_element = any(mean.by_element for mean in sums)
+        both = sums[0].partial(by_element, lifted, total) + sums[1].partial(by_element, lifted, total)
+        sums[0].take(both, by_element, lifted, total)
+        mean_of = partial(lambda mean, lifted, n: mean.mean(n, lifted[n], total), sums[0], lifted)
+        new |= dict(method.finish(unit, old, mean_of))
+    for n, tensor in method.deployed(new).items():
+        torch.testing.assert_close(tensor, method.deployed(exact)[n], rtol=1e-4, atol=1e-5)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------------
 
-WIDE = ModelSpec(depth=3, width=96, heads=3, context=64, vocabulary=512)
-RECIPES = [Recipe(8), Recipe(8, 128), Recipe(2, 64), Recipe(8, 128, 2), Recipe(2, 64, 3), Recipe(8, 128, 3, True)]
+WIDE = ModelSpec(depth=2, width=96, heads=3, context=64, vocabulary=512)
+STEPS = [(2, Recipe(8)), (2, Recipe(2, 64)), (1, Recipe(8, 128, 1)), (2, Recipe(2, 64, 2)), (2, Recipe(8, 128, 2, True))]
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -317,25 +392,22 @@ def test_tensors_alive_at_the_peak_are_as_many_bytes_as_predicted(name, options,
     monkeypatch.setattr(costs_module, "PAGE_BYTES", 0)  # what is no tensor
     monkeypatch.setattr(costs_module, "_holes", lambda *sizes: (0, 0))
     costs_module._peak.cache_clear()
-    for blocks in (1, 3):
-        for recipe in RECIPES:
-            case = Case(WIDE, 8, "adamw", not recipe.fused_update, blocks, recipe, False, "exact", name, tuple(options.items()))
-            state = rank_of(case, tmp_path, steps=2)
-            window = state.method.window(state.table, blocks)
-            planned = replace(recipe, recomputed=min(recipe.recomputed, state.table.trained_blocks(window)))
-            predicted = state.costs.peak(window, planned).bytes
-            with LiveBytes() as live:
-                hosting._work(state, Assignment(1, 0, window, 1.0, 10**12, 0, 0, 0, planned, 1e-3), {}, None)
-            assert 0.98 <= live.peak / predicted <= 1.02, (
-                blocks,
-                recipe.describe(8),
-                max(state.costs.peak(window, planned).moments.items()),
-            )
+    for number, (blocks, recipe) in enumerate(STEPS):
+        case = Case(WIDE, 8, "adamw", not recipe.fused_update, blocks, recipe, False, "exact", name, tuple(options.items()))
+        state = rank_of(case, tmp_path, steps=2)
+        details = state.method.details(WIDE)
+        detail, window = details[number % len(details)], state.method.window(state.table, blocks)
+        planned = replace(recipe, recomputed=min(recipe.recomputed, state.table.trained_blocks(window)))
+        peak = state.method.held(state.costs, detail).peak(window, planned)
+        with LiveBytes() as live:
+            hosting._work(state, Assignment(1, 0, window, 1.0, 10**12, 0, 0, 0, planned, 1e-3, detail=detail), {}, None)
+        assert 0.98 <= live.peak / peak.bytes <= 1.02, (blocks, detail, recipe.describe(8), peak.moments)
     costs_module._peak.cache_clear()
 
 
 ENFORCED = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from distfl.allocator import exact_allocator, restart_prepared
 restart_prepared()
@@ -348,30 +420,34 @@ from distfl.recipes import Recipe
 torch.set_num_threads(1)
 exact_allocator()
 cap = Rlimit()
-spec = ModelSpec(6, 192, 6, 128, 1024)
-for blocks, recipe in ((6, Recipe(8, 128)), (6, Recipe(2, 128)), (3, Recipe(1, 128)), (6, Recipe(4, 128, 6)), (2, Recipe(8, None))):
-    case = Case(spec, 8, "adamw", True, blocks, recipe, True, "exact", sys.argv[2], tuple(json.loads(sys.argv[3]).items()))
-    state = rank_of(case, Path(sys.argv[1]))
-    predicted = state.costs.peak(state.method.window(state.table, blocks), recipe).bytes
-    cap.prove(predicted + 500_000)
-    rehearse(state)
-    report = hosted(state, case, cap, predicted + 500_000)
-    print(json.dumps([blocks, recipe.describe(8), report.ok, report.reason, predicted, report.measured_peak_bytes]), flush=True)
+spec = ModelSpec(4, 192, 6, 128, 1024)
+for name in sys.argv[2:]:
+    for blocks, recipe in ((4, Recipe(8, 128)), (4, Recipe(2, 128)), (2, Recipe(4, 128, 2))):
+        case = Case(spec, 8, "adamw", True, blocks, recipe, True, "exact", name)
+        state = rank_of(case, Path(sys.argv[1]))
+        details = state.method.details(spec)
+        for number, detail in enumerate((details if recipe.micro_batch == 8 else details[:1])[:3]):
+            case = replace(case, detail=number)
+            predicted = state.method.held(state.costs, detail).peak(state.method.window(state.table, blocks), recipe).bytes
+            cap.prove(predicted + 1_000_000)
+            rehearse(state)
+            report = hosted(state, case, cap, predicted + 1_000_000)
+            found = [report.ok, report.reason, predicted, report.measured_peak_bytes]
+            print(json.dumps([name, detail, recipe.describe(8), *found]), flush=True)
 """
 
 
-@pytest.mark.parametrize("name, options", CASES)
-def test_under_an_enforced_cap_the_measured_peak_is_the_predicted_one(name, options, tmp_path):
+def test_under_an_enforced_cap_the_measured_peak_is_the_predicted_one(tmp_path):
+    """The cap is the prediction and the margin that a config adds by default, 1 MB."""
     script = tmp_path / "enforced.py"
     script.write_text(ENFORCED)
-    command = [sys.executable, str(script), str(tmp_path), name, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), *NAMES], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = [json.loads(text) for text in done.stdout.splitlines()]
-    assert len(found) == 5
-    for blocks, recipe, ok, reason, predicted, measured in found:
-        assert ok, (blocks, recipe, reason)
-        assert -0.02 < predicted / measured - 1 < 0.05 and measured <= predicted + 500_000, done.stdout
+    assert {name for name, *_ in found} == set(NAMES)
+    for name, detail, recipe, ok, reason, predicted, measured in found:
+        assert ok, (name, detail, recipe, reason)
+        assert -0.02 < predicted / measured - 1 < 0.05, (name, detail, recipe, predicted, measured)
 
 
 # --- pitfalls of single methods ----------------------------------------------------------------------------------------------------
@@ -379,24 +455,24 @@ def test_under_an_enforced_cap_the_measured_peak_is_the_predicted_one(name, opti
 
 def bias_of_the_mean(name: str) -> float:
     """||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over three clients' random updates of one adapter."""
-    method, table, plan = plan_of(name, {"rank": 3}, 1, 3, 7)
+    method, table, plan = plan_of(name, {}, 1, 3, 7)
     old = method.initial(pretrained(), 1)
-    updates = [
-        (assignment, old | {n: noise(old, seed)[n] for n in trained_names(table, assignment)}) for seed, assignment in enumerate(plan)
-    ]
+    updates = [(order, trained(method, old, order, order.client)) for order in plan]
     weight = "blocks.1.proj.weight"
 
-    def change(tensors: dict) -> torch.Tensor:
-        return (method.deployed(tensors)[weight] - tensors[weight]).double()
+    def change(shared: dict) -> torch.Tensor:
+        return (method.deployed(shared)[weight] - old[weight]).double()
 
     found = change(merged(method, table, old, updates, plan))
-    mean = sum(a.weight * change(tensors) for a, tensors in updates) / sum(a.weight for a, _ in updates)
+    alone = [(order.weight, lora.merged({n: t for n, t in tensors.items()}, method.options.scale)[weight]) for order, tensors in updates]
+    mean = sum(share * (product - old[weight]).double() for share, product in alone) / sum(share for share, _ in alone)
     return ((found - mean).norm() / mean.norm()).item()
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_updates_unless_one_factor_is_frozen():
-    for name in {"lora", "ffa_lora"} & set(NAMES):
-        assert bias_of_the_mean(name) > 0.3 if name == "lora" else bias_of_the_mean(name) < 1e-5
+    assert bias_of_the_mean("lora") > 0.3
+    assert max(bias_of_the_mean("ffa_lora"), bias_of_the_mean("flora")) < 1e-5
+    assert bias_of_the_mean("flexlora") < 1e-5  # products of rank 16 at most: these are as wide
 
 
 def test_fedavg_beyond_budgets_measures_the_upper_bound_and_only_where_nothing_is_enforced(rank):

@@ -42,14 +42,12 @@ class Workload:
         levers: which recipes the planner may use.
         stable_units: leading units that no client of the fleet ever trains.
         learning_rate: of the round being planned.
-        seed: of the run.
     """
 
     costs: Costs
     training: TrainingConfig
     levers: LeversConfig
     learning_rate: float
-    seed: int = 0
     stable_units: int = 0
 
     def costs_for(self, client: Client) -> Costs:
@@ -177,8 +175,12 @@ class Method(ABC):
         return Assignment(round, client.id, None, weight, client.budget.memory_bytes, 0, 0, 0, Recipe(1), workload.learning_rate)
 
     # --- client
-    def hold(self, model: TinyTransformer, assignment: Assignment) -> None:
-        """Make the model of the shared tensors the one that the client holds, by the parts of its detail; default: cut them out."""
+    def hold(self, model: TinyTransformer, assignment: Assignment, seed: int) -> None:
+        """Make the model of the shared tensors the one that the client holds; default: cut out the parts that its detail names.
+
+        Args:
+            seed: of the run.
+        """
         if not assignment.detail:
             return
         for name, parameter in list(model.named_parameters()):
@@ -302,8 +304,7 @@ def load_method(name: str, options: dict[str, Any]) -> Method:
 
 def workload(config: TrainConfig, method: Method, spec: ModelSpec, round: int) -> Workload:
     """Formulas of one depth under this config."""
-    rate = learning_rate(config.training, round, config.rounds)
-    return Workload(costs_of(config, method, spec), config.training, config.levers, rate, config.seed)
+    return Workload(costs_of(config, method, spec), config.training, config.levers, learning_rate(config.training, round, config.rounds))
 
 
 def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:

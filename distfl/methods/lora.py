@@ -10,41 +10,55 @@ a client runs the adapters below its window as it received them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from distfl import lora
 from distfl.lora import AdaptedBlock
+from distfl.messages import Region
 from distfl.methods.base import Detail, LastBlocks
 from distfl.model import ModelSpec, TinyTransformer
 from distfl.settings import require
+from distfl.units import TensorSpec
 
 
 @dataclass(frozen=True)
-class Options:
+class AdapterOptions:
     """Args:
-    rank: r of every adapter.
-    alpha: numerator of the scale alpha / r; None = 2 r, so that the scale is the same whatever the rank.
     targets: matrices with an adapter: queries, keys, values, the attention's output, the two of the feed-forward layer.
     blocks: no client trains adapters of more blocks, counted from the output; None = all that its budget admits.
     head: the final norm and the output layer train too.
     allow_dropping: clients that cannot train the adapters of a single block sit out instead of being an error.
     """
 
-    rank: int = 8
-    alpha: float | None = None
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = lora.TARGETS
     blocks: int | None = None
     head: bool = True
     allow_dropping: bool = False
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "rank", self.rank, "at least 1")
-        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0")
         require(0 < len(self.targets) == len(set(self.targets)), "targets", self.targets, "at least one target, none of them twice")
         require(self.blocks is None or self.blocks >= 1, "blocks", self.blocks, "at least 1")
+
+
+@dataclass(frozen=True)
+class Options(AdapterOptions):
+    """Args:
+    rank: r of every adapter.
+    alpha: numerator of the scale alpha / r; None = 2 r, so that the scale is the same whatever the rank.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0")
 
     @property
     def scale(self) -> float:
@@ -52,10 +66,32 @@ class Options:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
+@dataclass(frozen=True)
+class RankedOptions(AdapterOptions):
+    """Args:
+    ranks: a client's adapters are of the largest of these that its budget admits with the most blocks it admits.
+    scale: alpha / r, the same for all ranks: else factors cut or padded to another rank would say something else.
+    """
+
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        apart = 0 < len(self.ranks) == len(set(self.ranks)) and min(self.ranks) >= 1
+        require(apart, "ranks", self.ranks, "at least one rank, each at least 1, none of them twice")
+        require(self.scale > 0, "scale", self.scale, "above 0")
+
+    @property
+    def rank(self) -> int:
+        """Of the shared adapters."""
+        return max(self.ranks)
+
+
 class Lora(LastBlocks):
     """A and B train."""
 
-    Options = Options
+    Options: type[AdapterOptions] = Options
     source = "arXiv 2106.09685, section 4.1; arXiv 2305.05644"
     trained_factors: tuple[str, ...] = ("_A", "_B")
 
@@ -64,7 +100,7 @@ class Lora(LastBlocks):
         return self.options.blocks
 
     def block(self, spec: ModelSpec, detail: Detail) -> AdaptedBlock:
-        return AdaptedBlock(self.options.rank, self.options.targets, "_A" in self.trained_factors)
+        return AdaptedBlock(detail.get("rank", self.options.rank), self.options.targets, "_A" in self.trained_factors)
 
     def prepare(self, model: TinyTransformer) -> None:
         lora.adapt(model, self.options.targets, self.options.rank, self.options.scale)
@@ -77,6 +113,22 @@ class Lora(LastBlocks):
 
     def deployed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return lora.merged(tensors, self.options.scale)
+
+
+class RankedLora(Lora):
+    """Clients hold the first ``detail["rank"]`` rows of A and columns of B."""
+
+    Options = RankedOptions
+
+    def details(self, spec: ModelSpec) -> Sequence[Detail]:
+        return [{"rank": rank} for rank in sorted(self.options.ranks, reverse=True)]
+
+    def part(self, tensor: TensorSpec, detail: Detail) -> Region:
+        if not detail or not lora.is_adapter(tensor.name):
+            return None
+        rows, columns = map(np.arange, tensor.shape)
+        rank = detail["rank"]
+        return (rows[:rank], columns) if tensor.name.endswith("_A") else (rows, columns[:rank])
 
 
 METHOD = Lora

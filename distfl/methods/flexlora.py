@@ -1,0 +1,68 @@
+"""FlexLoRA: the server takes the mean of the products B A and splits it anew, by its singular values, for every rank.
+
+Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+arXiv 2402.11505: D = sum p_c B_c A_c with p_c = n_c / sum n; of D = U S V^T a client of rank r is sent B = U_r S_r and A = V_r^T. These are
+the first r columns and rows of the split for the largest rank, which is what the server keeps: that part of D which is of
+a higher rank is lost, and it is the least that can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from distfl import lora
+from distfl.lora import is_adapter
+from distfl.messages import Assignment, Piece
+from distfl.methods.base import MeanOf
+from distfl.methods.lora import RankedLora
+from distfl.units import Unit
+
+
+class FlexLora(RankedLora):
+    """Products are averaged, factors are not."""
+
+    source = "arXiv 2402.11505"
+    new_basis = True
+
+    def mean_unit(self, unit: Unit) -> Unit:
+        return lora.mean_unit(unit)
+
+    def lifted(self, unit: Unit, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        pieces = [Piece(unit.index, tensor.name, None, shared[tensor.name], 1.0) for tensor in unit.tensors]
+        return {piece.name: piece.values for piece in lora.products(pieces)}
+
+    def restore(self, pieces: list[Piece], assignment: Assignment) -> list[Piece]:
+        return lora.products(pieces)
+
+    def finish(self, unit: Unit, shared: Mapping[str, Tensor], mean_of: MeanOf) -> Iterator[tuple[str, Tensor]]:
+        for tensor in unit.tensors:
+            if not is_adapter(tensor.name):
+                yield tensor.name, mean_of(tensor.name)[0]
+            elif tensor.name.endswith("_A"):
+                product = tensor.name.removesuffix("_A")
+                mean, share = mean_of(product)
+                if share > 0:
+                    up, down = split(mean, len(shared[tensor.name]))
+                    yield f"{product}_B", up
+                    yield tensor.name, down
+
+
+def split(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U_r S_r (outputs, r) and V_r^T (r, inputs) of a matrix; where it has fewer singular values, zero columns and rows of length one.
+
+    By the eigenvectors of the smaller of D^T D and D D^T, in float64: a matrix of a thousand rows takes milliseconds.
+    """
+    wide = product.double() if product.shape[0] >= product.shape[1] else product.double().T
+    _, vectors = torch.linalg.eigh(wide.T @ wide)  # rising
+    vectors = vectors.flip(1)[:, :rank]  # (smaller side, r)
+    if product.shape[0] >= product.shape[1]:
+        return (product.double() @ vectors).float(), vectors.T.float()
+    rows = vectors.T @ product.double()  # S V^T
+    lengths = rows.norm(dim=1, keepdim=True)
+    return (vectors * lengths.T).float(), (rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)).float()
+
+
+METHOD = FlexLora

@@ -99,7 +99,11 @@ class WholeBlock:
 
     def backward_transient(self, spec: ModelSpec) -> int:
         """Elements beside what it keeps when its backward begins: gradients of its output and of its GELU output."""
-        return spec.width + spec.feedforward
+        return spec.width + self.widest(spec)
+
+    def widest(self, spec: ModelSpec) -> int:
+        """Elements of its widest tensor: the feed-forward layer's."""
+        return spec.feedforward
 
     def forward_flops(self, spec: ModelSpec) -> int:
         """8 d^2 + 4 d f + 4 T d (attention counted in full)."""
@@ -187,7 +191,7 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     chunk = recipe.chunk_of(tokens)
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
     matrix = _largest(table, blocks)  # a weight's gradient on its way to where it adds up
-    head_matrix, widest = _largest(table, [spec.depth + 1]), values * spec.feedforward
+    head_matrix, widest = _largest(table, [spec.depth + 1]), values * costs.block.widest(spec)
     hole_at_head, hole_below = _holes(logits, head_matrix, widest)
     norm = part if head else 0  # the output layer's input, for its matrix's gradient
     at_head = kept + left + entry * (1 + (chunk < tokens and trained > 0))

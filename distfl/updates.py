@@ -47,8 +47,8 @@ def frame(
 
     Args:
         shared: by name, the tensors that the round started from.
-        residuals: by name, what earlier rounds lost of the client's updates, of the shared tensors' shapes; changed
-            in place. Given with error feedback alone.
+        residuals: by name, what earlier rounds lost of the client's updates, of the pieces' shapes; changed in place. Given with
+            error feedback alone.
 
     Raises:
         NotFinite: there is something to be sent that is not a number.
@@ -85,14 +85,13 @@ def _encode(
         base, place = _place(reference, piece.region)
         values = values - base[place]
     if residual is not None:
-        kept, place = _place(residual, piece.region)
-        kept[place] += values
-        values = kept[place]  # whole tensors: no copy
+        residual += values
+        values = residual
     if not _finite(values):
         raise NotFinite(f"update of client {client}", f"{piece.name} is not finite", "lower training.learning_rate")
     out[:] = encoding.codec.encode(values, draws)
     if residual is not None:
-        kept[place] -= encoding.codec.decode(out, tuple(values.shape))
+        residual -= encoding.codec.decode(out, tuple(values.shape))
 
 
 def unframe(

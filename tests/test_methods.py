@@ -64,7 +64,7 @@ def config_of(name: str, options: dict, tmp_path: Path = Path("."), codec: str =
         replace(TRAINING, **training),
         levers=LeversConfig(prefix_features="off"),
         method=MethodConfig(name, options),
-        transport=TransportConfig(codec=codec),
+        transport=TransportConfig(codec=codec, error_feedback="off" if load_method(name, options).new_basis else "auto"),
         memory=MemoryConfig("report", margin_mb=0),
         run=RunConfig(str(tmp_path / "run")),
     )
@@ -156,15 +156,21 @@ def test_units_called_stable_are_below_every_window(name, options):
 
 @pytest.fixture
 def rank(tmp_path):
-    """A rank that can host client 0 and 1, of 19 rows each, and its plan for them."""
+    """A rank that can host client 0 and 1, of 19 rows each, and its plan for them, by the smallest detail if told."""
 
-    def make(name: str, options: dict, **config):
+    def make(name: str, options: dict, smallest: bool = True, **config):
         np.random.default_rng(0).integers(0, 40, 400).astype(TOKEN).tofile(tmp_path / "tokens.bin")
         shards = ShardIndex(str(tmp_path), "", (Shard("a", 0, 150, 50), Shard("b", 200, 150, 50)))
         config = config_of(name, options, tmp_path, **config)
         state = hosting.rank_state(group(1)[0], config, SPEC, shards)
         state.replica.fill(state.method.initial(pretrained(), 1))
-        return state, state.method.plan(1, [client(0, 19), client(1, 19)], workload(config, state.method, SPEC, 1), {})
+        clients, work = [client(0, 19), client(1, 19)], workload(config, state.method, SPEC, 1)
+        plan = state.method.plan(1, clients, work, {})
+        if smallest:
+            detail = state.method.details(SPEC)[-1]
+            planned = [(member, order.window, order.recipe, order.weight) for member, order in zip(clients, plan)]
+            plan = [state.method.assignment(1, *of_client, work, detail) for of_client in planned]
+        return state, plan
 
     return make
 
@@ -185,6 +191,7 @@ def test_only_what_is_sent_was_trained_and_the_optimiser_sees_nothing_else(name,
     state, (order, _) = rank(name, options)
     before = state.replica.copy()
     model = build_model(state.method, SPEC, state.replica.tensors)
+    state.method.hold(model, order, 1)
     with state.method.attached(model, order) as parameters:
         names = {n for n, parameter in model.named_parameters() if any(parameter is p for p in parameters)}
         assert all(parameter.requires_grad == (n in names) for n, parameter in model.named_parameters())
@@ -298,7 +305,7 @@ def close(method, left: dict, right: dict) -> bool:
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_no_local_step_changes_nothing(name, options, rank):
-    state, plan = rank(name, options, steps=0)
+    state, plan = rank(name, options, smallest=False, steps=0)
     old = moved(state.method, state.table, plan)
     state.replica.fill(old)
     updates = [(order, decoded(state, hosting.host(state, Report(), order)[0], order)) for order in plan]

@@ -6,14 +6,9 @@ Training for Computationally-Constrained Devices", arXiv 2305.17005): the weakes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distfl.errors import PlanError
-from distfl.fleet import Client
-from distfl.methods.base import Workload
-from distfl.methods.fedavg import WholeModel
-from distfl.planner import Selection
+from distfl.methods.fedavg import CommonDepth
 
 
 @dataclass(frozen=True)
@@ -21,22 +16,11 @@ class Options:
     """There are none."""
 
 
-class AllSmall(WholeModel):
+class AllSmall(CommonDepth):
     """The largest common model."""
 
     Options = Options
     source = "arXiv 2305.17005, the baseline of this name"
-
-    def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
-        common = [depth for depth, workload in workloads.items() if all(self.blocks(workload, client) for client in clients)]
-        if not common:
-            shallowest = min(workloads)
-            raise PlanError(
-                f"a depth of {sorted(workloads)} that every client can train wholly",
-                f"not even {shallowest}: {self.needs(clients, workloads[shallowest])}",
-                "raise these budgets of fleet.groups, lower training.batch, or add shallower depths to the family",
-            )
-        return self.selection(max(common), "is the deepest that every client can train wholly", clients, workloads)
 
 
 METHOD = AllSmall

@@ -72,6 +72,21 @@ class WholeModel(Method):
         return needs(clients, lacking, lambda client: self.cost(client, window, workload))
 
 
+class CommonDepth(WholeModel):
+    """Of the depths at which every client can train, the deepest."""
+
+    def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
+        common = [depth for depth, workload in workloads.items() if all(of_clients(clients, partial(self.blocks, workload)).values())]
+        if not common:
+            shallowest = min(workloads)
+            raise PlanError(
+                f"a depth of {sorted(workloads)} that every client can train wholly",
+                f"not even {shallowest}: {self.needs(clients, workloads[shallowest])}",
+                "raise these budgets of fleet.groups, lower training.batch, or add shallower depths to the family",
+            )
+        return self.selection(max(common), "is the deepest that every client can train wholly", clients, workloads)
+
+
 class FedAvg(WholeModel):
     """The upper bound."""
 

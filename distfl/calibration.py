@@ -136,7 +136,8 @@ def compare(case: Case, folder: Path) -> Comparison:
 
 def hosted(state: RankState, case: Case, cap: MemoryCap, budget_bytes: int) -> ClientReport:
     """One round of the case's client under a cap."""
-    window, detail = state.method.window(state.table, case.blocks), state.method.details(case.spec)[case.detail]
+    window = state.method.window(state.table, case.blocks)
+    detail = state.method.details(case.spec, window)[case.detail]
     predicted = state.method.held(state.costs, detail).peak(window, case.recipe).bytes
     return host(state, cap, Assignment(1, 0, window, 1.0, budget_bytes, predicted, 0, 0, case.recipe, learning_rate=1e-3, detail=detail))[1]
 

@@ -158,12 +158,13 @@ class Costs:
         return sum(1 <= unit <= self.spec.depth for unit in units) * self.block.forward_flops(self.spec)
 
     def window_flops(self, window: Window, recipe: Recipe) -> int:
-        """Of the window, per token: forward and backward, recomputed blocks forward once more; the head's output layer
+        """Of the window, per token: forward and backward, recomputed blocks forward once more; every classifier's output layer
         2 d V each for its output, its input's gradient and, where it trains, its matrix's."""
         spec, trained = self.spec, self.table.trained_blocks(window)
         blocks = (trained + recipe.recomputed) * self.block.forward_flops(spec)
         blocks += sum(self.block.backward_flops(spec, leading=window.first > 0 and place == 0) for place in range(trained))
-        return blocks + (6 if self.table[spec.depth + 1].bytes else 4) * spec.width * spec.vocabulary
+        train = any(self.table.classifiers(unit) for unit in window.units)
+        return blocks + len(self.table.exits()) * (6 if train else 4) * spec.width * spec.vocabulary
 
     def flops(self, window: Window, tokens: int, recipe: Recipe) -> int:
         """Training on ``tokens`` positions, every one of them through the prefix."""
@@ -179,9 +180,11 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     values = VALUE_BYTES * tokens
     blocks = [unit for unit in window.units if 1 <= unit <= spec.depth]
     trained, recomputed = len(blocks), min(recipe.recomputed, len(blocks))
-    all_gradients, head = table.window_bytes(window), table[spec.depth + 1].bytes
+    of_heads = {unit: VALUE_BYTES * sum(t.elements for t in table.classifiers(unit)) for unit in window.units}
+    exits = table.exits()
+    all_gradients, heads = table.window_bytes(window), sum(of_heads.values())
     optimizer = costs.state_tensors * all_gradients
-    gradients = all_gradients if keeps else head if keeps_head else 0
+    gradients = all_gradients if keeps else heads if keeps_head else 0
     always = TOKEN_BYTES * costs.batch * spec.context  # the batch
     entry = values * spec.width
     leading = window.first > 0
@@ -190,37 +193,44 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     left = values * costs.block.hole(spec, leading) if trained > recomputed == 0 else 0
     chunk = recipe.chunk_of(tokens)
     part, logits = VALUE_BYTES * chunk * spec.width, VALUE_BYTES * chunk * spec.vocabulary
-    matrix = _largest(table, blocks)  # a weight's gradient on its way to where it adds up
-    head_matrix, widest = _largest(table, [spec.depth + 1]), values * costs.block.widest(spec)
+    # a weight's gradient on its way to where it adds up
+    matrix, head_matrix = (_largest(table, window.units, of_a_head) for of_a_head in (False, True))
+    widest = values * costs.block.widest(spec)
     hole_at_head, hole_below = _holes(logits, head_matrix, widest)
-    norm = part if head else 0  # the output layer's input, for its matrix's gradient
-    at_head = kept + left + entry * (1 + (chunk < tokens and trained > 0))
+    norms = part * len(exits) if heads else 0  # the output layers' inputs, for their matrices' gradients
+    others = len(exits) - 1  # classifiers below the last
+    at_head = kept + left + entry * (1 + others + (chunk < tokens and trained > 0))
     backward = values * costs.block.backward_transient(spec) + matrix + hole_below
     again = entry + values * costs.block.forward_transient(spec)  # beside the gradient of the block's output
-    # gradients made in backward, in the order in which they come
-    coming = [0 if keeps_head and unit == spec.depth + 1 else table[unit].bytes for unit in reversed(window.units)]
+    # gradients made in backward, in the order in which they come: those of all classifiers first
+    coming = [table[unit].bytes - of_heads[unit] for unit in reversed(window.units)]
+    of_all_heads = 0 if keeps_head else heads
 
     def held(units: int) -> int:
         """Gradients that exist, besides those that are kept, once so many units are through."""
-        return 0 if keeps or recipe.fused_update else sum(coming[:units])
+        return 0 if keeps or recipe.fused_update else of_all_heads + sum(coming[:units])
+
+    def below(place: int) -> int:
+        """Gradients of classifiers' inputs, and with a fused update of classifiers, that wait below a block of the window."""
+        waiting = [unit for unit in exits if unit < blocks[place]]
+        return len(waiting) * entry + recipe.fused_update * (not keeps_head) * sum(of_heads[unit] for unit in waiting)
 
     one = VALUE_BYTES * spec.context
     widened = 0 if costs.frozen_precision == "fp32" else VALUE_BYTES * spec.width * spec.feedforward
     moments = {
         "prefix": entry * (window.first > 0) + (one * (3 * spec.width + 2 * spec.feedforward) + widened) * (window.first > 1),
-        "loss": at_head + norm + 2 * logits,
-        "head backward": at_head + 2 * part + logits + hole_at_head + head_matrix,
-        "optimizer": 0 if keeps else max(coming) if recipe.fused_update else sum(coming),
+        "loss": at_head - entry * others * (chunk == tokens) + norms + logits * (2 + others),
+        "head backward": at_head + part * (2 + others) + logits * (1 + others + (others > 0)) + hole_at_head + head_matrix,
+        "optimizer": 0 if keeps else max([of_all_heads, *coming]) if recipe.fused_update else of_all_heads + sum(coming),
     }
     if trained > recomputed:
-        moments["first block backward"] = kept + left + backward + held(1)
+        moments["first block backward"] = kept + left + backward + held(1) + below(trained - 1)
         lowest_kept = recomputed * entry + left + kept_by[recomputed]
-        moments["last kept block backward"] = lowest_kept + backward + held(trained - recomputed)
+        moments["last kept block backward"] = lowest_kept + backward + held(trained - recomputed) + below(recomputed)
     if recomputed:
         first = trained - recomputed + 1
-        moments["first recomputation"] = (
-            (recomputed - 1) * entry + kept_by[recomputed - 1] + max(backward + held(first), again + held(first - 1))
-        )
+        lower = (recomputed - 1) * entry + below(recomputed - 1)
+        moments["first recomputation"] = lower + kept_by[recomputed - 1] + max(backward + held(first), again + held(first - 1))
         moments["last recomputation"] = kept_by[0] + max(backward + held(trained), again + held(trained - 1))
     if window.first == 0:
         moments["embedding backward"] = entry + table[0].bytes + held(trained + 1)
@@ -236,9 +246,11 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     return Peak(weights, optimizer, residuals, gradients, kept, max(moments.values()) + always - kept, costs.margin_bytes, totals)
 
 
-def _largest(table: UnitTable, units: Iterable[int]) -> int:
-    """Bytes of the largest trained tensor of these units."""
-    return VALUE_BYTES * max((tensor.elements for unit in units for tensor in table[unit].tensors), default=0)
+def _largest(table: UnitTable, units: Iterable[int], of_a_head: bool) -> int:
+    """Bytes of the largest trained tensor of these units that is a classifier's, or a block's."""
+    of_heads = {tensor.name for unit in units for tensor in table.classifiers(unit)}
+    sizes = [tensor.elements for unit in units if unit > 0 for tensor in table[unit].tensors if (tensor.name in of_heads) == of_a_head]
+    return VALUE_BYTES * max(sizes, default=0)
 
 
 def _holes(logits: int, head_matrix: int, widest: int) -> tuple[int, int]:

@@ -222,7 +222,8 @@ def rehearse(state: RankState) -> None:
     training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
-    window, detail = small.method.window(small.table, 2), small.method.details(small.spec)[0]
+    window = small.method.window(small.table, 2)
+    detail = small.method.details(small.spec, window)[0]
     table = small.method.held(small.costs, detail).table
     residuals = Residuals(table, window.units) if small.encoding.error_feedback else None
     _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0, detail=detail), {}, residuals)

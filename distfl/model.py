@@ -132,6 +132,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.fc1 = Linear(width, spec.feedforward)
         self.fc2 = Linear(spec.feedforward, width)
+        self.exit: nn.Module | None = None  # a classifier of this block's output
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # (N, d), N = B T; on views of (B, T, d) autograd would copy what is added in place
@@ -160,14 +161,20 @@ class Head(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """A decoder-only language model."""
+    """A decoder-only language model. A method may give blocks classifiers of their own, ``exit``, and take the head away.
+
+    Attributes:
+        mutual: how much several classifiers learn from each other in training (see ``steps.py``).
+    """
+
+    mutual: float = 0.0
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.spec = spec
         self.embedding = Stem(spec)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
-        self.head = Head(spec)
+        self.head: nn.Module | None = Head(spec)
 
     def forward(self, tokens: Tensor, frozen_units: int = 0) -> Tensor:
         """Logits of every position.
@@ -178,19 +185,28 @@ class TinyTransformer(nn.Module):
                 that run without gradient, so that nothing is kept for them.
 
         Returns:
-            (B, T, V) float logits.
+            (B, T, V) float logits; of several classifiers their mean.
         """
-        with torch.no_grad():
-            x = tokens
-            for layer in self.trunk()[:frozen_units]:
+        classifiers, logits, x = self.classifiers(), [], tokens
+        for unit, layer in enumerate(self.trunk()):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and unit >= frozen_units):
                 x = layer(x)
-        for layer in self.trunk()[frozen_units:]:
-            x = layer(x)
-        return self.head(x)
+            if unit in classifiers:
+                logits.append(classifiers[unit](x))
+        return sum(logits[1:], start=logits[0]) / len(logits) if len(logits) > 1 else logits[0]
+
+    def classifiers(self) -> dict[int, nn.Module]:
+        """The unit whose output a classifier sees -> the classifier, in order; the head is that of the last block."""
+        found = {unit: block.exit for unit, block in enumerate(self.blocks, start=1) if block.exit is not None}
+        return found if self.head is None else found | {len(self.blocks): self.head}
 
     def trunk(self) -> list[nn.Module]:
         """All units but the head, in order."""
         return [self.embedding, *self.blocks]
+
+    def parts(self) -> list[nn.Module]:
+        """All units, in order."""
+        return self.trunk() if self.head is None else [*self.trunk(), self.head]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every parameter by name, detached, sharing memory with the model."""

@@ -63,15 +63,15 @@ def _groups(job: Job) -> str:
         if window is None:
             rows.append([group, str(len(entries)), "0", "sits out", "-", _mega(budget.memory_bytes), *["-"] * 9])
             continue
-        cost = job.method.cost_by(client, window, assignment.recipe, workload)
-        plain = job.method.cost_by(client, window, Recipe(client.rows), workload)
+        cost = job.method.cost_by(client, window, assignment.recipe, workload, assignment.detail)
+        plain = job.method.cost_by(client, window, Recipe(client.rows), workload, assignment.detail)
         counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
         rows.append(
             [
                 group,
                 str(len(entries)),
                 block_range(counts),
-                f"{units[window.first].name}..head",
+                f"{units[window.first].name}..{units[window.last - 1].name}",
                 _mega(cost.peak.bytes),
                 _mega(budget.memory_bytes),
                 _slack(budget.memory_bytes - cost.peak.bytes),
@@ -82,13 +82,18 @@ def _groups(job: Job) -> str:
                 f"{cost.flops / GIGA:.1f}",
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
                 f"x {cost.flops / plain.flops:.2f}",
-                assignment.recipe.describe(workload.costs_for(client).batch, units.spec.context),
+                ", ".join([assignment.recipe.describe(workload.costs_for(client).batch, units.spec.context), *_told(assignment)]),
             ]
         )
     return (
         f"{table(rows)}\nall figures per client and round, of each group's client with most data; first: its first model, once; "
         "time: FLOPs over those of the same window without levers"
     )
+
+
+def _told(assignment: Assignment) -> list[str]:
+    """What the method tells the client besides its window."""
+    return [f"{key} {value}" for key, value in assignment.detail.items()]
 
 
 def _parts(job: Job) -> str:

@@ -84,8 +84,8 @@ def add_gradients(
     Returns:
         Cross-entropy in nats, summed over this micro-batch, times ``scale``.
     """
-    layers = model.trunk()
-    segments, x = [], features
+    layers, classifiers = model.trunk(), model.classifiers()
+    segments, x, inputs = [], features, {}
     for unit in range(first, len(layers)):
         entry = x.detach().requires_grad_(unit > first)
         if 1 <= unit and unit - max(first, 1) < recipe.recomputed:
@@ -94,12 +94,22 @@ def add_gradients(
             x = layers[unit](entry)
             output = _Output(x)
         segments.append(_Segment(unit, layers[unit], entry, output))
+        if unit in classifiers:
+            inputs[unit] = x.detach()
         del entry, output
-    loss, gradient = _head_gradients(model.head, x.detach(), targets, scale, recipe.chunk_of(targets.numel()), wanted=bool(segments))
+    inputs = inputs or {len(layers) - 1: x.detach()}
     del x
+    heads = [classifiers[unit] for unit in inputs]
+    chunk = recipe.chunk_of(targets.numel())
+    loss, found = _head_gradients(heads, list(inputs.values()), targets, scale, chunk, bool(segments), model.mutual)
+    gradients = dict(zip(inputs, found))
+    del inputs, found
+    gradient = gradients.pop(len(layers) - 1)
     done(len(layers))
     while segments:
         segment = segments.pop()
+        if segment.unit in gradients:
+            gradient += gradients.pop(segment.unit)
         output = segment.output or _Output(segment.layer(segment.input))
         output.backward(gradient)
         if segment.input.grad is not None:  # into the same place: a gradient left where backward made it would split the heap
@@ -110,36 +120,60 @@ def add_gradients(
     return loss
 
 
-def _head_gradients(head: nn.Module, x: Tensor, targets: Tensor, scale: float, chunk: int, wanted: bool) -> tuple[float, Tensor | None]:
-    """Loss and the head's gradients, chunk of tokens by chunk; the gradient of its input (B, T, d) where wanted."""
-    rows, targets = x.flatten(0, 1), targets.flatten()
-    in_chunks = wanted and chunk < len(rows)
-    loss, gradient = 0.0, torch.empty_like(rows) if in_chunks else None  # before the chunks: what they free stays in one piece
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk].detach().requires_grad_(wanted)
-        loss += _backward_of_loss(head(part), targets[start : start + chunk], scale)
-        if in_chunks:
-            gradient[start : start + chunk] = part.grad
-        else:
-            gradient = part.grad
-    return loss, gradient.view(x.shape) if wanted else None
+def _head_gradients(
+    heads: list[nn.Module], inputs: list[Tensor], targets: Tensor, scale: float, chunk: int, wanted: bool, mutual: float
+) -> tuple[float, list[Tensor | None]]:
+    """Loss of the last classifier, and gradients of all of them, chunk of tokens by chunk; those of their inputs (B, T, d) where wanted."""
+    shape, targets = inputs[0].shape, targets.flatten()
+    rows = [x.flatten(0, 1) for x in inputs]
+    in_chunks = wanted and chunk < len(targets)
+    # before the chunks: what they free stays in one piece
+    loss, gradients = 0.0, [torch.empty_like(x) if in_chunks else None for x in rows]
+    for start in range(0, len(targets), chunk):
+        parts = [x[start : start + chunk].detach().requires_grad_(wanted) for x in rows]
+        loss += _backward_of_loss(heads, parts, targets[start : start + chunk], scale, mutual)
+        for place, part in enumerate(parts):
+            if in_chunks:
+                gradients[place][start : start + chunk] = part.grad
+            else:
+                gradients[place] = part.grad
+    return loss, [gradient.view(shape) if wanted else None for gradient in gradients]
 
 
-def _backward_of_loss(logits: Tensor, targets: Tensor, scale: float) -> float:
-    """Cross-entropy summed over (N, V) logits, times ``scale``, and backward from its gradient: softmax - one-hot.
+def _backward_of_loss(heads: list[nn.Module], parts: list[Tensor], targets: Tensor, scale: float, mutual: float) -> float:
+    """Cross-entropy of the last classifier summed over (N, V) logits, times ``scale``, and backward through all of them.
 
-    Autograd would hold three tensors of the logits' size; here their log-softmax becomes the gradient in place.
+    By softmax - one-hot: autograd would hold three tensors of the logits' size; here their log-softmax becomes the gradient in place.
+    Each of n classifiers also learns from the others' answers p_j, taken as given: the mean over them of KL(p_j, p_i) has the gradient
+    p_i - p_j at the logits of i, and counts ``mutual`` times.
     """
-    output = _Output(logits)
+    outputs, answers = [], []
+    for head, part in zip(heads, parts):
+        logits = head(part)
+        outputs.append(_Output(logits))
+        with torch.no_grad():
+            answers.append(F.log_softmax(logits, -1))
+        del logits  # nobody else holds a reference: one such tensor for each classifier, and one more
+    others = len(heads) - 1
+    share = mutual / others if others else 0.0
     with torch.no_grad():
-        gradient = F.log_softmax(logits, -1)
-        del logits  # the caller holds no reference either: two such tensors at most
-        loss = F.nll_loss(gradient, targets, ignore_index=IGNORED_TARGET, reduction="sum").item() * scale
+        loss = F.nll_loss(answers[-1], targets, ignore_index=IGNORED_TARGET, reduction="sum").item() * scale
         counted = targets != IGNORED_TARGET
-        gradient.exp_()
-        gradient[torch.arange(len(targets)), targets.where(counted, 0)] -= 1
-        gradient *= (counted * scale)[:, None]
-    output.backward(gradient)
+        for answer in answers:
+            answer.exp_()
+        total = None
+        if share:
+            total = torch.zeros_like(answers[0])
+            for answer in answers:
+                total += answer
+    for output in outputs:
+        with torch.no_grad():
+            gradient = answers.pop(0)
+            if share:
+                gradient.mul_(1 + share * len(heads)).sub_(total, alpha=share)
+            gradient[torch.arange(len(targets)), targets.where(counted, 0)] -= 1
+            gradient *= (counted * scale)[:, None]
+        output.backward(gradient)
     return loss
 
 

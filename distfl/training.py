@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from distfl import seeds
@@ -121,17 +121,17 @@ class _Step:
     ):
         self._model, self._parameters, self._config, self._assignment, self._prefix = model, parameters, config, assignment, prefix
         trained = {id(parameter) for parameter in parameters}
-        layers = [*model.trunk(), model.head]
-        by_unit = {unit: [p for p in layer.parameters() if id(p) in trained] for unit, layer in enumerate(layers)}
+        by_unit = {unit: [p for p in part.parameters() if id(p) in trained] for unit, part in enumerate(model.parts())}
         self._optimizers = {unit: optimizer_for(config, own) for unit, own in by_unit.items() if own}
         batch, recipe = min(config.batch, rows), assignment.recipe
-        head = len(layers) - 1
-        kept = (
-            set(by_unit) if recipe.keeps_gradients(batch) else {head} if recipe.keeps_head_gradients(batch, model.spec.context) else set()
-        )
-        self._units_with_kept_gradients = kept
-        for unit in kept:
-            for parameter in by_unit[unit]:
+        added_up: Iterable[nn.Module] = ()
+        if recipe.keeps_gradients(batch):
+            added_up = [model]
+        elif recipe.keeps_head_gradients(batch, model.spec.context):
+            added_up = model.classifiers().values()
+        self._kept = {id(parameter) for module in added_up for parameter in module.parameters()} & trained
+        for parameter in parameters:
+            if id(parameter) in self._kept:
                 parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, rows: list[int], inputs: Tensor, targets: Tensor) -> float:
@@ -158,7 +158,7 @@ class _Step:
         optimizer = self._optimizers[unit]
         optimizer.step(self._assignment.learning_rate)
         for parameter in optimizer.parameters:
-            if unit in self._units_with_kept_gradients:
+            if id(parameter) in self._kept:
                 parameter.grad.zero_()
             else:
                 parameter.grad = None

@@ -117,6 +117,15 @@ class UnitTable:
     def bytes(self) -> int:
         return sum(unit.bytes for unit in self.units)
 
+    def classifiers(self, part: int) -> tuple[TensorSpec, ...]:
+        """Those tensors of a trainable unit that are a classifier's: the head's, or a block's exit's."""
+        return tuple(t for t in self.trainable[part].tensors if t.name.startswith("head.") or ".exit." in t.name)
+
+    def exits(self) -> list[int]:
+        """Blocks' units whose outputs a classifier sees, in order."""
+        seen = [part for part in range(1, self.spec.depth + 1) if any(".exit." in t.name for t in self.tensors_of(part))]
+        return seen + [self.spec.depth] * bool(self.tensors_of(self.spec.depth + 1))
+
     def suffix(self, blocks: int) -> Window:
         """The window of the last ``blocks`` blocks and the head."""
         return Window(1 + self.spec.depth - blocks, self.spec.depth + 2)
@@ -149,7 +158,7 @@ def freeze_outside(model: TinyTransformer, window: Window, trains: Callable[[str
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trainable = []
-    for index, part in enumerate([model.embedding, *model.blocks, model.head]):
+    for index, part in enumerate(model.parts()):
         part.train(index in window)
         for parameter in part.parameters():
             parameter.requires_grad_(index in window and trains(names[id(parameter)]))

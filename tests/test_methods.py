@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,12 +34,15 @@ from distfl.config import (
 from distfl.errors import DistflError, PlanError
 from distfl.fleet import Budget, Client
 from distfl.messages import Assignment
+from distfl.methods import fedhm, flexlora, hetlora
 from distfl.methods.base import Workload, build_model, load_method, table_of, workload
-from distfl.model import ModelSpec, from_tensors, initial_tensors
+from distfl.model import IGNORED_TARGET, ModelSpec, from_tensors, initial_tensors
 from distfl.planner import fits
 from distfl.recipes import Recipe
 from distfl.shards import TOKEN, Shard, ShardIndex
+from distfl.steps import add_gradients
 from distfl.transport.local import group
+from distfl.units import TensorSpec, Unit, Window
 from distfl.updates import LEAD
 
 NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
@@ -90,7 +94,7 @@ def budgets(method, work: Workload, member: Client) -> list[Budget]:
     found = []
     for blocks in range(1, work.costs.spec.depth + 1):
         window = method.window(work.costs.table, blocks)
-        recipes, details = list(work.recipes(member, blocks)), method.details(work.costs.spec)
+        recipes, details = list(work.recipes(member, blocks)), method.details(work.costs.spec, window)
         of_recipes = [method.cost_by(member, window, recipe, work, detail) for detail in details for recipe in recipes]
         leanest = min(of_recipes, key=lambda cost: cost.peak.bytes)
         for cost in (of_recipes[0], leanest):
@@ -167,7 +171,7 @@ def rank(tmp_path):
         clients, work = [client(0, 19), client(1, 19)], workload(config, state.method, SPEC, 1)
         plan = state.method.plan(1, clients, work, {})
         if smallest:
-            detail = state.method.details(SPEC)[-1]
+            detail = state.method.details(SPEC, plan[0].window)[-1]
             planned = [(member, order.window, order.recipe, order.weight) for member, order in zip(clients, plan)]
             plan = [state.method.assignment(1, *of_client, work, detail) for of_client in planned]
         return state, plan
@@ -233,7 +237,8 @@ def test_before_any_training_the_model_is_the_pretrained_one(name, options):
     method, x = load_method(name, options), tokens(2, 8, 40)
     shared = method.initial(pretrained(), 1)
     assert {n: tuple(t.shape) for n, t in shared.items()} == {t.name: t.shape for unit in table_of(method, SPEC) for t in unit.tensors}
-    assert torch.allclose(outputs(method, shared, x), from_tensors(SPEC, pretrained())(x), atol=1e-5)
+    if not method.ensemble:
+        assert torch.allclose(outputs(method, shared, x), from_tensors(SPEC, pretrained())(x), atol=1e-5)
     deployed = method.deployed(shared)
     assert deployed.keys() == pretrained().keys() and all(torch.equal(deployed[n], t) for n, t in pretrained().items())
     assert same_bits(method.initial(pretrained(), 1), shared)
@@ -243,8 +248,9 @@ def test_before_any_training_the_model_is_the_pretrained_one(name, options):
 def test_a_deployed_model_is_a_plain_one_that_computes_the_same(name, options):
     method, table, plan = plan_of(name, options, 1, 3)
     shared, x = moved(method, table, plan), tokens(2, 8, 40)
-    assert not torch.allclose(outputs(method, shared, x), from_tensors(SPEC, pretrained())(x), atol=1e-2)
-    torch.testing.assert_close(outputs(method, shared, x), from_tensors(SPEC, method.deployed(shared))(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs(method, shared, x), outputs(method, method.initial(pretrained(), 1), x), atol=1e-2)
+    if not method.ensemble:
+        torch.testing.assert_close(outputs(method, shared, x), from_tensors(SPEC, method.deployed(shared))(x), rtol=1e-4, atol=1e-5)
 
 
 # --- merging -----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ def test_equal_updates_merge_to_that_update(name, options):
     """What clients of the same detail would be sent next computes what their models computed."""
     method, table, plan = plan_of(name, options, 1, 3, 5)
     old, x = moved(method, table, plan), tokens(2, 8, 40)
-    for number, detail in enumerate(method.details(SPEC)):
+    for number, detail in enumerate(method.details(SPEC, plan[0].window)):
         alike = [replace(assignment, detail=detail) for assignment in plan]
         update = trained(method, old, alike[0], seed=number)
         for part in (alike, alike[1:2]):  # all of a round, and one alone
@@ -337,8 +343,8 @@ def test_equal_updates_merge_to_that_update(name, options):
 @pytest.mark.parametrize("name, options", CASES)
 def test_what_nobody_held_or_trained_keeps_its_value(name, options):
     method, table, plan = plan_of(name, options, 1, 3)
-    old, smallest = moved(method, table, plan), method.details(SPEC)[-1]
-    window = method.window(table, 1)
+    old, window = moved(method, table, plan), method.window(table, 1)
+    smallest = method.details(SPEC, window)[-1]
     orders = [replace(assignment, window=window, detail=smallest) for assignment in plan]
     new = merged(method, table, old, [(order, trained(method, old, order, order.client)) for order in orders], orders)
     changed = {n for n in old if not torch.equal(old[n], new[n])}
@@ -355,7 +361,7 @@ def test_what_nobody_held_or_trained_keeps_its_value(name, options):
 @pytest.mark.parametrize("name, options", CASES)
 def test_the_order_of_clients_matters_only_to_rounding_and_who_is_absent_does_not_count(name, options):
     method, table, plan = plan_of(name, options, 1, 3, 7)
-    old, details = moved(method, table, plan), method.details(SPEC)
+    old, details = moved(method, table, plan), method.details(SPEC, plan[0].window)
     orders = [replace(assignment, detail=details[number % len(details)]) for number, assignment in enumerate(plan)]
     updates = [(order, trained(method, old, order, order.client)) for order in orders]
     first = method.deployed(merged(method, table, old, updates, orders))
@@ -364,14 +370,16 @@ def test_the_order_of_clients_matters_only_to_rounding_and_who_is_absent_does_no
             torch.testing.assert_close(tensor, first[n], rtol=1e-4, atol=1e-5)
     two = merged(method, table, old, updates[:2], orders[:2])
     if options.get("averaging") != "participation":  # there the share of those present counts
-        assert close(method, two, merged(method, table, old, updates[:2], orders))
+        among_three = method.deployed(merged(method, table, old, updates[:2], orders))
+        for n, tensor in method.deployed(two).items():
+            torch.testing.assert_close(tensor, among_three[n], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, options", [("caff", {}), *((name, {}) for name in NAMES if len(load_method(name, {}).details(SPEC)) > 1)])
+@pytest.mark.parametrize("name, options", [("caff", {}), ("hetlora", {}), ("flexlora", {}), ("flora", {}), ("heterofl", {}), ("fedhm", {})])
 def test_partial_sums_of_ranks_say_the_same(name, options):
     """Means in fixed point, of parts and in spaces of their own, as ``transport.collective=reduce`` takes them."""
     method, table, plan = plan_of(name, options, 1, 3, 7)
-    old, details, total = moved(method, table, plan), method.details(SPEC), sum(assignment.weight for assignment in plan)
+    old, details, total = moved(method, table, plan), method.details(SPEC, plan[0].window), sum(assignment.weight for assignment in plan)
     orders = [replace(assignment, detail=details[number % len(details)]) for number, assignment in enumerate(plan)]
     updates = [(order, trained(method, old, order, order.client)) for order in orders]
     exact, new = merged(method, table, old, updates, orders), dict(old)
@@ -402,8 +410,9 @@ def test_tensors_alive_at_the_peak_are_as_many_bytes_as_predicted(name, options,
     for number, (blocks, recipe) in enumerate(STEPS):
         case = Case(WIDE, 8, "adamw", not recipe.fused_update, blocks, recipe, False, "exact", name, tuple(options.items()))
         state = rank_of(case, tmp_path, steps=2)
-        details = state.method.details(WIDE)
-        detail, window = details[number % len(details)], state.method.window(state.table, blocks)
+        window = state.method.window(state.table, blocks)
+        details = state.method.details(WIDE, window)
+        detail = details[number % len(details)]
         planned = replace(recipe, recomputed=min(recipe.recomputed, state.table.trained_blocks(window)))
         peak = state.method.held(state.costs, detail).peak(window, planned)
         with LiveBytes() as live:
@@ -432,10 +441,11 @@ for name in sys.argv[2:]:
     for blocks, recipe in ((4, Recipe(8, 128)), (4, Recipe(2, 128)), (2, Recipe(4, 128, 2))):
         case = Case(spec, 8, "adamw", True, blocks, recipe, True, "exact", name)
         state = rank_of(case, Path(sys.argv[1]))
-        details = state.method.details(spec)
+        window = state.method.window(state.table, blocks)
+        details = state.method.details(spec, window)
         for number, detail in enumerate((details if recipe.micro_batch == 8 else details[:1])[:3]):
             case = replace(case, detail=number)
-            predicted = state.method.held(state.costs, detail).peak(state.method.window(state.table, blocks), recipe).bytes
+            predicted = state.method.held(state.costs, detail).peak(window, recipe).bytes
             cap.prove(predicted + 1_000_000)
             rehearse(state)
             report = hosted(state, case, cap, predicted + 1_000_000)
@@ -515,6 +525,126 @@ def test_whole_model_methods_leave_out_or_size_down_as_they_say():
     chosen = exclusive.select([weak, client(1)], works)
     assert (chosen.depth, chosen.blocks) == (3, {0: 0, 1: 3})
     assert [a.window is None for a in exclusive.plan(1, [weak, client(1)], works[3], {})] == [True, False]
+
+
+def test_classifiers_learn_from_targets_and_from_each_other():
+    """The gradients of one backward of sum CE_i + mutual mean_j KL(p_j, p_i), the others' answers taken as given, chunk by chunk."""
+    method, x = load_method("depthfl", {"distillation": 0.7}), tokens(2, 8, 40)
+    shared = moved(*plan_of("depthfl", {"distillation": 0.7}, 1))
+    model = build_model(method, SPEC, shared)
+    targets = x.clone()
+    targets[0, :3] = IGNORED_TARGET
+    seen, features = [], x
+    for unit, layer in enumerate(model.trunk()):
+        features = layer(features)
+        seen += [model.classifiers()[unit](features).flatten(0, 1).log_softmax(-1)] if unit else []
+    assert len(seen) == 3
+    wanted, counted = 0.0, (targets.flatten() != IGNORED_TARGET)
+    for own in seen:
+        wanted += torch.nn.functional.nll_loss(own, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum") / 13
+        for other in seen:
+            answers = other.detach().exp()
+            wanted += 0.7 / 2 * (answers * (other.detach() - own)).sum(1)[counted].sum() / 13
+    wanted.backward()
+    gradients = {n: parameter.grad.clone() for n, parameter in model.named_parameters()}
+    for recipe in (Recipe(2), Recipe(2, 5), Recipe(2, 5, 2)):
+        model.zero_grad()
+        loss = add_gradients(model, 0, x, targets, 1 / 13, recipe, lambda unit: None)
+        last = -seen[-1][torch.arange(16), targets.flatten().clamp_min(0)][counted].sum() / 13
+        assert loss == pytest.approx(last.item(), rel=1e-5)
+        for n, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[n], rtol=1e-4, atol=1e-6)
+
+
+def test_an_ensemble_answers_by_the_mean_of_its_classifiers_and_its_deepest_is_deployed():
+    method, table, plan = plan_of("depthfl", {"stages": 2}, 1)
+    shared, x = moved(method, table, plan), tokens(2, 8, 40)
+    assert method.ends(SPEC.depth) == [2, 3] and {n.split(".")[1] for n in shared if ".exit." in n} == {"1"}
+    deepest = from_tensors(SPEC, method.deployed(shared))
+    with torch.no_grad():
+        early = deepest.blocks[1](deepest.blocks[0](deepest.embedding(x)))
+        norm, matrix = [shared[f"blocks.1.exit.norm.{kind}"] for kind in ("weight", "bias")], shared["blocks.1.exit.output.weight"]
+        first = torch.nn.functional.layer_norm(early, (16,), *norm) @ matrix.T
+        torch.testing.assert_close(outputs(method, shared, x), (first + deepest(x)) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_are_held_from_the_input_on_and_a_client_over_its_cap_holds_one_less():
+    method, work = load_method("depthfl", {"stages": 2}), work_of("depthfl", {"stages": 2}, depth=4)
+    table = work.costs.table
+    assert [method.window(table, blocks).last for blocks in (1, 2, 3, 4)] == [3, 3, 6, 6]
+    for limit, last in ((4, 6), (3, 3), (2, 3), (1, None), (0, None)):
+        (order,) = method.plan(1, [client(0)], work, {0: limit})
+        assert (order.window and order.window.last) == last
+    short, whole = (method.cost(client(0), method.window(table, blocks), work) for blocks in (2, 4))
+    assert short.peak.weights < 0.6 * whole.peak.weights and short.flops < 0.6 * whole.flops and short.upload_bytes < whole.upload_bytes
+
+
+def test_a_narrow_model_sees_sums_of_the_usual_size():
+    """With hidden channels that are all alike, some of them divided by their share say what all say."""
+    method, table, plan = plan_of("heterofl", {"widths": [0.5]}, 1)
+    shared = pretrained()
+    for n, tensor in shared.items():
+        if ".fc1." in n or ".fc2.weight" in n:
+            tensor.copy_(tensor[:1].expand_as(tensor) if ".fc1." in n else tensor[:, :1].expand_as(tensor))
+        elif ".qkv." in n:
+            heads = tensor.view(3, 2, 8, *tensor.shape[1:])
+            heads[:, 1] = heads[:, 0]
+        elif ".proj.weight" in n:
+            tensor[:, 8:] = tensor[:, :8]
+    x = tokens(2, 8, 40)
+    assert held(method, shared, plan[0])["blocks.0.qkv.weight"].shape == (24, 16)
+    torch.testing.assert_close(outputs(method, shared, x, plan[0]), outputs(method, shared, x), rtol=1e-4, atol=1e-5)
+
+
+def test_hetlora_weighs_by_the_norm_of_updates_and_pads_with_zeros():
+    # one adapter beside a 2 x 2 matrix; client 0 of rank 2, client 1 of rank 1, norms of B A 3 and 1
+    method = load_method("hetlora", {"ranks": [1, 2]})
+    unit = Unit(1, "block.0", (TensorSpec("blocks.0.proj.proj_A", (2, 2), 0), TensorSpec("blocks.0.proj.proj_B", (2, 2), 4)))
+    table = SimpleNamespace(trainable=(unit,))
+    orders = [Assignment(1, i, Window(1, 3), 1024.0, 1, 0, 0, 0, PLAIN, 0.1, detail={"rank": 2 - i}) for i in range(2)]
+    tensors = [
+        {"blocks.0.proj.proj_A": torch.eye(2), "blocks.0.proj.proj_B": torch.tensor([[3.0, 0.0], [0.0, 0.0]])},
+        {"blocks.0.proj.proj_A": torch.tensor([[0.0, 1.0]]), "blocks.0.proj.proj_B": torch.tensor([[1.0], [0.0]])},
+    ]
+    assert [hetlora.update_norm(of, order) for of, order in zip(tensors, orders)] == [3.0, 1.0]
+    old = {tensor.name: torch.full((2, 2), 9.0) for tensor in unit.tensors}
+    new = merge(method, table, old, list(zip(orders, tensors)), 2048.0)
+    # row 0: (3 [1 0] + 1 [0 1]) / 4; row 1: (3 [0 1] + 1 [0 0]) / 4
+    assert torch.allclose(new["blocks.0.proj.proj_A"], torch.tensor([[0.75, 0.25], [0.0, 0.75]]))
+    assert torch.allclose(new["blocks.0.proj.proj_B"], torch.tensor([[2.5, 0.0], [0.0, 0.0]]))
+    rows = merge(load_method("hetlora", {"ranks": [1, 2], "padding": "none"}), table, old, list(zip(orders, tensors)), 2048.0)
+    assert torch.allclose(rows["blocks.0.proj.proj_A"], torch.tensor([[0.75, 0.25], [0.0, 1.0]]))
+    alone = merge(method, table, old, [(orders[1], tensors[1])], 2048.0)  # nobody held the second row
+    assert torch.equal(alone["blocks.0.proj.proj_A"], torch.tensor([[0.0, 1.0], [9.0, 9.0]]))
+
+
+def test_splits_are_the_best_of_their_rank_and_never_dead():
+    for shape in ((7, 5), (5, 7)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        best = (u[:, :3] * s[:3]) @ v[:3]
+        up, down = flexlora.split(matrix, 3)
+        left, right = fedhm.factored(matrix, 3)
+        torch.testing.assert_close(up @ down, best, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left @ right, best, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(up[:, :2] @ down[:2], (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-5)  # ranks are nested
+        for low in (best[:, :1] @ best[:1], torch.zeros(shape)):  # fewer singular values than the rank
+            up, down = flexlora.split(low, 3)
+            torch.testing.assert_close(up @ down, low, rtol=1e-4, atol=1e-5)
+            left, right = fedhm.factored(low, 3)
+            torch.testing.assert_close(left @ right, low, rtol=1e-4, atol=1e-4)
+            assert all(torch.isfinite(tensor).all() for tensor in (up, down, left, right))
+            assert up.shape == (shape[0], 3) and down.shape == (3, shape[1])
+
+
+def test_error_feedback_is_refused_where_nothing_can_be_carried_on():
+    from distfl.jobs import prepare
+
+    for name in NAMES:
+        if load_method(name, {}).new_basis:
+            with pytest.raises(DistflError, match="error feedback"):
+                prepare(replace(config_of(name, {}), transport=TransportConfig(codec="top_k")))
 
 
 def test_lora_takes_more_blocks_the_larger_the_budget_and_never_more_than_its_option():

@@ -76,6 +76,7 @@ class Method(ABC):
     source: ClassVar[str]  # paper, section
     ignores_budgets: bool = False  # True: plans beyond them on purpose, which only memory.enforce=report allows
     new_basis: ClassVar[bool] = False  # True: what a client trains means something else in every round, so it cannot keep anything of it
+    ensemble: ClassVar[bool] = False  # True: what is scored is more than one classifier, of which the deployed model is the last
 
     def __init__(self, options: Any):
         self.options = options
@@ -101,8 +102,8 @@ class Method(ABC):
         return tensors
 
     # --- what a client holds
-    def details(self, spec: ModelSpec) -> Sequence[Detail]:
-        """What a client may be told besides its window, best first; default: nothing."""
+    def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
+        """What a client with this window may be told besides, best first; default: nothing."""
         return [{}]
 
     def part(self, tensor: TensorSpec, detail: Detail) -> Region:
@@ -133,7 +134,7 @@ class Method(ABC):
     def cost(self, client: Client, window: Window, workload: Workload) -> Cost:
         """Peak, upload and FLOPs of a client's round, by the best detail, and for that the cheapest recipe, that fit its budget."""
         blocks = workload.costs.table.trained_blocks(window)
-        details, recipes = self.details(workload.costs.spec), list(workload.recipes(client, blocks))
+        details, recipes = self.details(workload.costs.spec, window), list(workload.recipes(client, blocks))
         return cheapest((self.cost_by(client, window, recipe, workload, detail) for detail in details for recipe in recipes), client.budget)
 
     def cost_by(self, client: Client, window: Window, recipe: Recipe, workload: Workload, detail: Detail) -> Cost:
@@ -254,7 +255,7 @@ class LastBlocks(Method):
 
     def _assign(self, round: int, client: Client, workload: Workload, limit: int | None) -> Assignment:
         admitted, depth = self.widest(client, workload), workload.costs.spec.depth
-        blocks = min(depth if limit is None else limit, self.planned_blocks(client, admitted, depth))
+        blocks = self.possible_blocks(min(depth if limit is None else limit, self.planned_blocks(client, admitted, depth)), depth)
         weight = self.weight(client)
         if not blocks:
             return self.sits_out(round, client, weight, workload)
@@ -264,6 +265,10 @@ class LastBlocks(Method):
     def planned_blocks(self, client: Client, admitted: int, depth: int) -> int:
         """How many blocks a client trains whose budget admits so many."""
         return admitted
+
+    def possible_blocks(self, most: int, depth: int) -> int:
+        """The most blocks, at most so many, that a window can have; default: so many."""
+        return most
 
     def weight(self, client: Client) -> float:
         """Of a client's update in the mean; default: its training sequences."""

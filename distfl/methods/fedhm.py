@@ -26,7 +26,7 @@ from distfl.methods.base import Detail, MeanOf
 from distfl.methods.fedavg import CommonDepth
 from distfl.model import Linear, ModelSpec, TinyTransformer
 from distfl.settings import require
-from distfl.units import TensorSpec, Unit, one_after_another
+from distfl.units import TensorSpec, Unit, Window, one_after_another
 
 MATRICES = ("qkv", "proj", "fc1", "fc2")
 FACTORS = (".left", ".right")
@@ -57,7 +57,7 @@ class FedHm(CommonDepth):
     source = "arXiv 2111.14655"
     new_basis = True
 
-    def details(self, spec: ModelSpec) -> Sequence[Detail]:
+    def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
         ratios = sorted(self.options.ratios, reverse=True)
         return [{"rank": 0}, *({"rank": self.options.rank(ratio, spec.width)} for ratio in ratios)]
 

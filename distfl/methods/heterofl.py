@@ -25,7 +25,7 @@ from distfl.methods.base import Detail
 from distfl.methods.fedavg import CommonDepth
 from distfl.model import Linear, ModelSpec, TinyTransformer
 from distfl.settings import require
-from distfl.units import TensorSpec
+from distfl.units import TensorSpec, Window
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class HeteroFl(CommonDepth):
     Options = Options
     source = "arXiv 2010.01264"
 
-    def details(self, spec: ModelSpec) -> Sequence[Detail]:
+    def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
         """``queries``: rows of queries, and of keys and of values, of whole heads; ``hidden``: channels of the feed-forward layer."""
         of_head = spec.width // spec.heads
         return [

@@ -23,7 +23,7 @@ from distfl.messages import Region
 from distfl.methods.base import Detail, LastBlocks
 from distfl.model import ModelSpec, TinyTransformer
 from distfl.settings import require
-from distfl.units import TensorSpec
+from distfl.units import TensorSpec, Window
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RankedLora(Lora):
 
     Options = RankedOptions
 
-    def details(self, spec: ModelSpec) -> Sequence[Detail]:
+    def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
         return [{"rank": rank} for rank in sorted(self.options.ranks, reverse=True)]
 
     def part(self, tensor: TensorSpec, detail: Detail) -> Region:

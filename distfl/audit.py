@@ -137,7 +137,7 @@ class Audit:
             held = dict(version)
             for name, (first, last) in entry["payload"]["windows"].items():
                 client = int(name)
-                sent = entry["payload"]["held"].get(name) or {unit: about["bytes"] for unit, about in self.units.items()}
+                sent = entry["payload"]["held"].get(name) or {unit: about["bytes"] for unit, about in self.units.items() if about["bytes"]}
                 if client not in copies:
                     expected[entry["round"], client, "first"] = sum(sent.values())
                 else:

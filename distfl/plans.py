@@ -37,7 +37,7 @@ def _groups(job: Job) -> str:
     workload, units = job.workload(1), job.workload(1).costs.table
     members = _members(job)
     windows = [assignment.window for entries in members.values() for _, assignment in entries if assignment.window]
-    changing = sum(unit.bytes for unit in units if any(unit.index in window for window in windows))
+    trained = {part for window in windows for part in window.units}
     rows = [
         [
             "group",
@@ -65,6 +65,7 @@ def _groups(job: Job) -> str:
             continue
         cost = job.method.cost_by(client, window, assignment.recipe, workload, assignment.detail)
         plain = job.method.cost_by(client, window, Recipe(client.rows), workload, assignment.detail)
+        sent = {name: bytes_ for unit in units for name, bytes_ in job.method.sent_down(unit, assignment.detail).items()}
         counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
         rows.append(
             [
@@ -77,8 +78,8 @@ def _groups(job: Job) -> str:
                 _slack(budget.memory_bytes - cost.peak.bytes),
                 f"{cost.upload_bytes / MEGA:.3f}",
                 "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}",
-                f"{changing / MEGA:.3f}",
-                f"{units.bytes / MEGA:.3f}",
+                f"{sum(b for n, b in sent.items() if units.part_of(n) in trained and job.method.changes(n)) / MEGA:.3f}",
+                f"{sum(sent.values()) / MEGA:.3f}",
                 f"{cost.flops / GIGA:.1f}",
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",
                 f"x {cost.flops / plain.flops:.2f}",
@@ -115,7 +116,7 @@ def _parts(job: Job) -> str:
     for group, entries in _members(job).items():
         client, assignment = entries[-1]
         if assignment.window is not None:
-            peak = job.method.cost_by(client, assignment.window, assignment.recipe, job.workload(1)).peak
+            peak = job.method.cost_by(client, assignment.window, assignment.recipe, job.workload(1), assignment.detail).peak
             parts = (
                 peak.weights,
                 peak.optimizer,

@@ -18,7 +18,6 @@ number of ranks, so the merged model is the same, bit for bit (but for ``transpo
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,14 +33,14 @@ from distfl.errors import DistflError, StartError
 from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
-from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score, shape_of
+from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
 from distfl.methods.base import build_model
 from distfl.model import ModelSpec
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
 from distfl.training import evaluate
 from distfl.transport.base import WORD, Transport, pack
-from distfl.units import VALUE_BYTES, Unit
+from distfl.units import Unit
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
@@ -197,7 +196,7 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
         "down": {str(client): sent for client, sent in downloads.items()},
         "windows": {str(assignment.client): [assignment.window.first, assignment.window.last] for assignment in active},
         "changed": [state.table[unit].name for unit in sorted(changed)],
-        "held": {str(assignment.client): _sent_of_units(state, assignment) for assignment in active if assignment.detail},
+        "held": {str(assignment.client): _sent_when_changed(state, assignment) for assignment in active if assignment.detail},
     }
     traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
     return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})
@@ -250,22 +249,17 @@ def _downloads(state: RankState, server: ServerState, assignment: Assignment) ->
     """Bytes that this client, were it deployed, is sent in this round: unit name -> bytes for units newer than its copy,
     "assignment", or, if it never took part before, the whole model as "first"."""
     copy, message = server.copies.get(assignment.client), {"assignment": pack(assignment.to_json()).nbytes}
-    sent = _sent_of_units(state, assignment)
+    sent = _sent_when_changed(state, assignment)
     if copy is None:
         return message | {"first": sum(sent.values())}
     stale = [unit.name for unit in state.table if copy[unit.index] != state.replica.versions[unit.index]]
     return message | {name: sent[name] for name in stale if name in sent}
 
 
-def _sent_of_units(state: RankState, assignment: Assignment) -> dict[str, int]:
-    """Unit name -> bytes of it that this client is sent when it has changed."""
-    sent: dict[str, int] = {}
-    for unit in state.table:
-        for tensor in unit.tensors:
-            if state.method.receives(tensor.name, assignment.detail):
-                elements = math.prod(shape_of(state.method.part(tensor, assignment.detail), tensor.shape))
-                sent[unit.name] = sent.get(unit.name, 0) + elements * VALUE_BYTES
-    return sent
+def _sent_when_changed(state: RankState, assignment: Assignment) -> dict[str, int]:
+    """Unit name -> bytes that this client is sent of it; units it holds nothing of are not named."""
+    sent = {unit.name: sum(state.method.sent_down(unit, assignment.detail).values()) for unit in state.table}
+    return {name: bytes_ for name, bytes_ in sent.items() if bytes_}
 
 
 def _sits_out(assignment: Assignment) -> ClientReport:

@@ -80,7 +80,7 @@ class UnitTable:
             shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(spec).named_parameters()}
         parts: list[tuple[list, list]] = [([], []) for _ in range(spec.depth + 2)]  # trained and never trained; either may be empty
         for name, shape in shapes.items():
-            parts[self._part_of(name)][not trains(name)].append((name, shape))
+            parts[self.part_of(name)][not trains(name)].append((name, shape))
         self.trainable = tuple(Unit(part, self._name(part), one_after_another(trained)) for part, (trained, _) in enumerate(parts))
         self._frozen = {
             part: Unit(len(parts) + place, f"{self._name(part)}.frozen", one_after_another(parts[part][1]))
@@ -89,7 +89,8 @@ class UnitTable:
         self.units = (*self.trainable, *self._frozen.values())
         self.place = {tensor.name: unit.index for unit in self.units for tensor in unit.tensors}
 
-    def _part_of(self, tensor: str) -> int:
+    def part_of(self, tensor: str) -> int:
+        """The embedding, a block or the head that a tensor belongs to, by its name."""
         part, _, rest = tensor.partition(".")
         return {"embedding": 0, "head": self.spec.depth + 1}[part] if part != "blocks" else 1 + int(rest.partition(".")[0])
 

@@ -26,7 +26,7 @@ from distfl.planner import Selection, cheapest, select, widest
 from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
 from distfl.training import learning_rate, state_tensors
-from distfl.units import TensorSpec, Unit, UnitTable, Window, freeze_outside
+from distfl.units import VALUE_BYTES, TensorSpec, Unit, UnitTable, Window, freeze_outside
 
 MeanOf = Callable[[str], tuple[Tensor, Tensor]]  # tensor's name -> mean and share
 Detail = dict[str, Any]  # what a method decides besides the window: a rank, a width; {} where there is nothing
@@ -113,6 +113,18 @@ class Method(ABC):
     def receives(self, tensor: str, detail: Detail) -> bool:
         """Whether a client is sent what it holds of the shared tensor of this name; else it makes it itself. Default: it is."""
         return True
+
+    def changes(self, tensor: str) -> bool:
+        """Whether rounds change the shared tensor of this name; default: where clients train it."""
+        return self.trains(tensor)
+
+    def sent_down(self, unit: Unit, detail: Detail) -> dict[str, int]:
+        """Tensor name -> bytes of it that a client with this detail is sent when the unit has changed."""
+        return {
+            tensor.name: VALUE_BYTES * math.prod(shape_of(self.part(tensor, detail), tensor.shape))
+            for tensor in unit.tensors
+            if self.receives(tensor.name, detail)
+        }
 
     def block(self, spec: ModelSpec, detail: Detail) -> WholeBlock:
         """What a block keeps and computes; default: a plain one."""

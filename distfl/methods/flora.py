@@ -35,6 +35,10 @@ class Flora(RankedLora):
     def receives(self, tensor: str, detail: Detail) -> bool:
         return not is_adapter(tensor)
 
+    def changes(self, tensor: str) -> bool:
+        layers = {lora.PLACES[target][0] for target in self.options.targets}
+        return (self.trains(tensor) and not is_adapter(tensor)) or tensor.split(".")[2:] in [[layer, "weight"] for layer in layers]
+
     def hold(self, model: TinyTransformer, assignment: Assignment, seed: int) -> None:
         super().hold(model, assignment, seed)
         for name, parameter in model.named_parameters():

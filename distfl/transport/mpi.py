@@ -7,9 +7,11 @@ imports mpi4py. MPI itself starts in ``world``: this module may be loaded before
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import mpi4py
@@ -22,7 +24,9 @@ from distfl.errors import TransportError  # noqa: E402
 from distfl.transport.base import WORD, Ledger, Pending, Transport, pack, unpack  # noqa: E402
 
 EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is there by then
-LONGEST_SLEEP_SECONDS = 2e-3
+SHORTEST_SLEEP_SECONDS = 2e-5
+SLEEP_OF_WAITED = 1 / 20  # of the time waited so far: so much later at most than it could is a transfer noticed
+LONGEST_SLEEP_SECONDS = 1e-3  # with a core for each rank; more ranks sleep longer, so that all tests together cost the same
 KINDS = {
     np.dtype(np.float32): MPI.FLOAT,
     np.dtype(np.int32): MPI.INT32_T,
@@ -38,12 +42,13 @@ class MpiPending:
         self._requests, self._bring = requests, bring
 
     def wait(self) -> Any:
-        tests, pause = 0, 2e-5
+        for _ in range(EAGER_TESTS):
+            if MPI.Request.Testall(self._requests):
+                return self._bring()
+        began, longest = time.monotonic(), _longest_sleep_seconds()
         while not MPI.Request.Testall(self._requests):
-            tests += 1
-            if tests > EAGER_TESTS:
-                time.sleep(pause)
-                pause = min(pause * 1.5, LONGEST_SLEEP_SECONDS)
+            waited = time.monotonic() - began
+            time.sleep(min(longest, max(SHORTEST_SLEEP_SECONDS, waited * SLEEP_OF_WAITED)))
         return self._bring()
 
     def advance(self) -> None:
@@ -111,13 +116,13 @@ class MpiTransport(Transport):
         blocks = self.start_gather(block, purpose, counts).wait()
         return None if blocks is None else [unpack(block) for block in blocks]
 
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         block = np.ascontiguousarray(block)
         if self.rank != 0:
             self._count_direct(0, block.nbytes, purpose)
             return MpiPending([self.comm.Igatherv(_typed(block), None, root=0)])
         counts = np.asarray(words, np.int64)
-        buffer = np.empty(int(counts.sum()), WORD)
+        buffer = np.empty(counts.sum(), WORD) if room is None else room[: counts.sum()]
         self.ledger.add(purpose, received=buffer.nbytes - block.nbytes)
         request = self.comm.Igatherv(_typed(block), [buffer, counts, _starts(counts), MPI.UINT32_T], root=0)
         return MpiPending([request], lambda: np.split(buffer, np.cumsum(counts)[:-1]))
@@ -155,6 +160,12 @@ def world(smallest: int) -> MpiTransport:
     if not MPI.Is_initialized():
         MPI.Init_thread()
     return MpiTransport(MPI.COMM_WORLD, smallest)
+
+
+@cache
+def _longest_sleep_seconds() -> float:
+    ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", MPI.COMM_WORLD.size))
+    return LONGEST_SLEEP_SECONDS * max(1.0, ranks / len(os.sched_getaffinity(0)))
 
 
 def _typed(array: np.ndarray) -> list:

@@ -82,18 +82,27 @@ class Comparison:
         self.config, self.output = config, Path(config.output)
         self._train = path.parent / config.train
         self._base = settings.load(TrainConfig, self._train)
-        for contender in config.methods:
-            for scenario in config.scenarios:
+        for scenario in config.scenarios:
+            for contender in self.contenders(scenario):
                 self._trial(scenario, contender, config.seeds[0], None, "runs").config()  # refused before anything runs
 
     @property
     def labels(self) -> list[str]:
         return [label(contender) for contender in self.config.methods]
 
+    def contenders(self, scenario: ScenarioConfig) -> list[ContenderConfig]:
+        """Methods that are compared in a scenario."""
+        return [contender for contender in self.config.methods if scenario.methods is None or label(contender) in scenario.methods]
+
     def tuning(self) -> list[Trial]:
         """The runs that choose learning rates."""
-        tuned = [scenario for scenario in self.config.scenarios if scenario.rates_of is None]
-        return [trial for scenario in tuned for contender in self.config.methods for trial in self._tuning_of(scenario, contender)]
+        pairs = {  # where rates are tuned, and for whom: once, however many scenarios take them from there
+            (scenario.rates_of or scenario.name, label(contender)): contender
+            for scenario in self.config.scenarios
+            for contender in self.contenders(scenario)
+        }
+        where = {scenario.name: scenario for scenario in self.config.scenarios}
+        return [trial for (name, _), contender in pairs.items() for trial in self._tuning_of(where[name], contender)]
 
     def trials(self) -> list[Trial]:
         """The runs that are compared, seed by seed, so that a first picture is there early.
@@ -105,7 +114,7 @@ class Comparison:
             self._trial(scenario, contender, seed, self.learning_rate(scenario, contender), "runs")
             for seed in self.config.seeds
             for scenario in self.config.scenarios
-            for contender in self.config.methods
+            for contender in self.contenders(scenario)
         ]
 
     def learning_rate(self, scenario: ScenarioConfig, contender: ContenderConfig) -> float | None:

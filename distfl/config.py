@@ -334,6 +334,7 @@ class ScenarioConfig:
     axis: str | None = None  # scenarios with the same axis make one picture, for instance "memory cap, MB"
     value: float | None = None  # where on the axis
     rates_of: str | None = None  # take the learning rates that were tuned in this scenario; None = tune here
+    methods: tuple[str, ...] | None = None  # labels of those that are compared here; None = all
 
     def __post_init__(self) -> None:
         require((self.axis is None) == (self.value is None), f"scenarios[{self.name}].axis/value", self.axis, "given both or not at all")
@@ -372,5 +373,8 @@ class CompareConfig:
         require(self.ranks is None or self.ranks >= 2, "ranks", self.ranks, "2 or more")
         require(self.tuning.seed not in self.seeds, "tuning.seed", self.tuning.seed, "none of seeds")
         for scenario in self.scenarios:
+            given = scenario.methods or (self.reference,)
+            rule = f"labels among {labels}, with {self.reference}"
+            require(self.reference in given and set(given) <= {*labels}, f"scenarios[{scenario.name}].methods", given, rule)
             tuned = [other.name for other in self.scenarios if other.rates_of is None]
             require(scenario.rates_of in (None, *tuned), f"scenarios[{scenario.name}].rates_of", scenario.rates_of, f"one of {tuned}")

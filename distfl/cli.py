@@ -143,6 +143,9 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
+    if code == 0 and not folder.is_finished:  # mpirun says so when it is ended from outside, or all ranks are killed
+        launching.say(f"the ranks ended {folder.how_to_go_on()}")
+        return 1
     return code
 
 

@@ -4,8 +4,8 @@ A round is two orders to the client ranks, "train" and "close" (score, and repor
 ranks drop what they were doing, meet (``Transport.recover``), and the server gives the same order again. As it does not matter
 which rank hosts a client, the repeated round has the bits of an undisturbed one.
 
-A client that was being trained by two ranks that were lost may be what killed them. It is left out from then on, until the job is
-started anew: it would cost a rank each time.
+A client that two ranks were training that were lost in the same round may be what killed them. It is left out of that round and
+all later ones, until the job is started anew: it would cost a rank each time.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Recovery:
         self._state, self._optimizer, self._places, self._record = state, optimizer, [rank.place for rank in ranks], record
         self._goes_on = lost_ranks(faults, state.transport) == REPEAT
         self._hosted: dict[int, int] = {}
-        self._losses: Counter[int] = Counter()
+        self._losses: Counter[tuple[int, int]] = Counter()  # by round and client
         self.left_out: set[int] = set()
         if self._goes_on and faults.deadline_seconds is not None:
             state.transport.watch(self._places, faults.deadline_seconds, faults.grace_seconds)
@@ -144,8 +144,8 @@ class Recovery:
         if not lost:
             raise TransportError("a transfer between ranks", f"it failed while {phase}, and no rank is dead", "see what MPI said")
         hosted = [self._hosted[number] for number in lost if number in self._hosted]
-        self._losses.update(hosted)
-        suspects = [client for client in hosted if self._losses[client] >= LOSSES_PER_CLIENT]
+        self._losses.update((round, client) for client in hosted)
+        suspects = [client for client in hosted if self._losses[round, client] >= LOSSES_PER_CLIENT]
         self.left_out.update(suspects)
         self._hosted = {}
         places = [(number, self._places[number].host, self._places[number].process) for number in lost]

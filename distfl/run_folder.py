@@ -138,7 +138,7 @@ class RunFolder:
             raise CheckpointError(
                 f"--resume of {self.path}", "no run lies there (no config.yaml)", "start without --resume, or name the right run.folder"
             )
-        if (self.path / "finished").exists():
+        if self.is_finished:
             raise CheckpointError(
                 f"--resume of {self.path}",
                 "this run is finished; its number of rounds is part of its learning rate schedule and cannot be changed",
@@ -156,6 +156,10 @@ class RunFolder:
                 f"rounds up to {recorded} are recorded, but there is no checkpoint to continue from",
                 "restore its checkpoints, or start anew in another run.folder",
             )
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "finished").exists()
 
     def last_checkpoint(self) -> int | None:
         """The round of the newest checkpoint, whole or damaged; None where there is none."""

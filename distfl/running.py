@@ -40,7 +40,7 @@ WHAT_BECOMES = {
     ABORT: "a rank that dies ends the job; continue with --resume",
 }
 LAUNCHER_SECONDS = 5  # in which a launcher that saw a rank fail ends the others
-TURN_SECONDS = 0.05
+TURN_SECONDS, LAST_TURN = 0.3, 15  # of each living rank to end the others, by rank
 
 
 def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
@@ -93,7 +93,7 @@ def _launched_transport(smallest: int, backend: str = "auto") -> Transport:
 def _end_after_loss(transport: Transport, error: RankLost) -> NoReturn:
     """Whoever ended first has said why and ends the job: this rank speaks only where no launcher sees to it. Where the launcher
     lets the others go on, the first living rank speaks and ends them."""
-    time.sleep(transport.rank * TURN_SECONDS if transport.recovers else LAUNCHER_SECONDS)
+    time.sleep(min(transport.rank, LAST_TURN) * TURN_SECONDS if transport.recovers else LAUNCHER_SECONDS)
     print(f"distfl: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
     transport.abort(1)
 

@@ -183,7 +183,10 @@ class MpiTransport(Transport):
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(code)
+        if self.size > 1:  # else mpirun would end with 0: nobody is left to end
+            MPI.COMM_WORLD.Abort(code)
+        if self.recovers:
+            os._exit(code)
         raise SystemExit(code)
 
     @property

@@ -69,11 +69,13 @@ class RankLost(DistflError):
 
     Args:
         purpose: of the transfer in which it was seen, as the ledger names it.
+
+    ``answered`` has the ranks, by their numbers at the start, whose part in that transfer had come.
     """
 
     def __init__(self, asked: str, found: str, change: str, purpose: str = ""):
         super().__init__(asked, found, change)
-        self.purpose = purpose
+        self.purpose, self.answered = purpose, frozenset()
 
 
 class CheckpointError(DistflError):

@@ -119,7 +119,7 @@ class Recovery:
 
     def hosting(self, clients: list[int]) -> None:
         """From now on client ranks 1, 2, ... train these, or with an empty list nobody."""
-        self._hosted = {self._transport.numbers[rank]: client for rank, client in enumerate(clients, start=1)} if self._goes_on else {}
+        self._hosted = dict(zip(self._transport.numbers[1:], clients)) if self._goes_on else {}
 
     def repeated(self, round: int, what: str, attempt: Callable[[BeforeMerge], T]) -> T:
         """What an attempt at one order returns, once no rank is lost meanwhile. It calls what it is given before it changes a unit.
@@ -134,27 +134,31 @@ class Recovery:
             except RankLost as error:
                 if not self._goes_on:
                     raise
-                phase = PHASES.get(error.purpose, error.purpose)
-            self._recover(round, what, phase, began)
+                phase, answered = PHASES.get(error.purpose, error.purpose), error.answered
+            self._recover(round, what, phase, answered, began)
             undo.back()
 
-    def _recover(self, round: int, what: str, phase: str, began: float) -> None:
-        """Meet with the ranks that live, and put down what was lost."""
+    def _recover(self, round: int, what: str, phase: str, answered: frozenset[int], began: float) -> None:
+        """Meet with the ranks that live, and put down what was lost.
+
+        Args:
+            answered: ranks that had done what the server waited for: what killed them was not their client.
+        """
         lost = self._transport.recover()
         if not lost:
             raise TransportError("a transfer between ranks", f"it failed while {phase}, and no rank is dead", "see what MPI said")
-        hosted = [self._hosted[number] for number in lost if number in self._hosted]
+        hosted = [self._hosted[number] for number in lost if number in self._hosted and number not in answered]
         self._losses.update((round, client) for client in hosted)
         suspects = [client for client in hosted if self._losses[round, client] >= LOSSES_PER_CLIENT]
         self.left_out.update(suspects)
         self._hosted = {}
         places = [(number, self._places[number].host, self._places[number].process) for number in lost]
-        fault = Fault(round, phase, places, hosted, suspects, self._transport.size - 1, what, round_seconds(time.monotonic() - began))
+        fault = Fault(round, phase, places, hosted, suspects, self._transport.size - 1, what, _rounded(time.monotonic() - began))
         self._record(fault)
         say(describe(fault))
 
 
-def round_seconds(seconds: float) -> float:
+def _rounded(seconds: float) -> float:
     return round(seconds, 3)
 
 

@@ -39,6 +39,7 @@ EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is t
 LONGEST_SLEEP_SECONDS = 2e-3
 ATTENTION_SECONDS = 0.05  # between two looks at the control communicator
 MEETING_SECONDS = 600  # where MPI reports dead ranks nobody ends the others if one dies before MPI has started in all
+UNHEARD = -1  # in place of a length
 GO_ON, STOPPED, FINISHED = 0, 1, 2  # what the server says to those who have come
 KINDS = {
     np.dtype(np.float32): MPI.FLOAT,
@@ -147,8 +148,13 @@ class MpiTransport(Transport):
     def gather(self, value: Any, purpose: str) -> list[Any] | None:
         block = pack(value)
         mine = np.array([len(block)], np.int64)
-        counts = np.empty(self.size, np.int64) if self.rank == 0 else None
-        self._start(purpose, lambda: self.comm.Igather(mine, counts, root=0), (mine, counts)).wait()
+        counts = np.full(self.size, UNHEARD) if self.rank == 0 else None
+        try:
+            self._start(purpose, lambda: self.comm.Igather(mine, counts, root=0), (mine, counts)).wait()
+        except RankLost as error:
+            if counts is not None:  # the library fills it rank by rank
+                error.answered = frozenset(number for number, count in zip(self.numbers, counts) if count != UNHEARD)
+            raise
         if self.rank:
             self._count_direct(0, mine.nbytes, purpose)
         else:

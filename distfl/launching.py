@@ -27,6 +27,7 @@ MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
 MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
+SECONDS_TO_ABORT = 5  # from an abort until mpirun is ended if it still waits for a rank
 SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
@@ -105,6 +106,25 @@ def mpirun_path() -> str:
 def mpi_reports_losses() -> bool:
     """Whether this rank's launcher has MPI report dead ranks, and not end the job because of them."""
     return os.environ.get(MPI_REPORTS_LOSSES, "0").lower() in ("1", "true", "yes", "on", "enabled")
+
+
+def end_daemon_later() -> None:
+    """Where MPI reports dead ranks, Open MPI's daemons leave it to the ranks to end when one aborts, and a rank that hangs does not.
+    A process of its own sees to it that this host's daemon (mpirun itself, on the first host) ends all, if it is still there then."""
+    daemon = os.environ.get("PMIX_SERVER_TMPDIR", "").rpartition(".")[2]
+    if not daemon.isdecimal() or os.fork():
+        return
+    try:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):  # mpirun waits until all that write to it have ended
+            os.dup2(nowhere, stream)
+        deadline = time.monotonic() + SECONDS_TO_ABORT
+        while time.monotonic() < deadline and Path("/proc", daemon).exists():
+            time.sleep(0.1)
+        os.kill(int(daemon), signal.SIGTERM)
+    finally:
+        os._exit(0)
 
 
 def recovery_flags(recover: str) -> list[str]:

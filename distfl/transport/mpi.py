@@ -30,7 +30,7 @@ mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
 from mpi4py import MPI  # noqa: E402
 
 from distfl.errors import RankLost, TransportError  # noqa: E402
-from distfl.launching import mpi_reports_losses  # noqa: E402
+from distfl.launching import end_daemon_later, mpi_reports_losses  # noqa: E402
 from distfl.messages import Place  # noqa: E402
 from distfl.transport.base import WORD, Dismissed, Ledger, Pending, Transport, pack, unpack  # noqa: E402
 from distfl.transport.control import Control, Watch  # noqa: E402
@@ -189,10 +189,11 @@ class MpiTransport(Transport):
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.size > 1:  # else mpirun would end with 0: nobody is left to end
-            MPI.COMM_WORLD.Abort(code)
         if self.recovers:
+            end_daemon_later()
+        if self.recovers and self.size == 1:  # nobody is left to end, and mpirun would end with 0
             os._exit(code)
+        MPI.COMM_WORLD.Abort(code)
         raise SystemExit(code)
 
     @property

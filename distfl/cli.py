@@ -140,7 +140,10 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     flags = []
     if config.transport.name != "torch":
         flags = [*starting.flags(config.launch.start), *launching.recovery_flags(config.faults.recover)]
-    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
+    begun_before = folder.begun_at()
+    code = launching.run_ranks(
+        options.ranks, arguments, stop, config.transport.name, flags, lambda: folder.begun_at() not in (None, begun_before)
+    )
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     if code == 0 and not folder.is_finished:  # mpirun says so when it is ended from outside, or all ranks are killed

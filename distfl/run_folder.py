@@ -157,6 +157,13 @@ class RunFolder:
                 "restore its checkpoints, or start anew in another run.folder",
             )
 
+    def begun_at(self) -> int | None:
+        """When the run was begun or resumed last, once all ranks had proven what they must, in ns; None where it never was."""
+        try:
+            return (self.path / "manifest.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
     @property
     def is_finished(self) -> bool:
         return (self.path / "finished").exists()

@@ -242,6 +242,19 @@ def test_with_recovery_switched_off_a_death_ends_the_job_under_ulfm_too(dying):
     assert json.loads((run / "manifest.json").read_text())["starts"][0]["lost_ranks"] == "abort"
 
 
+def test_a_rank_that_dies_before_all_have_met_ends_the_others(distfl, config, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('OMPI_COMM_WORLD_RANK') == '1': os.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    script = tmp_path / "hasty.py"
+    script.write_text(
+        "import sys\nfrom distfl import cli, launching\nlaunching.SECONDS_TO_END_TOGETHER = 1\nlaunching.START_POLL_SECONDS = 0.02\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = distfl("train", config, ranks=3, program=[sys.executable, str(script)], timeout=30)
+    assert done.returncode not in (0, 2, 75) and "1 of the ranks ended before all had met" in done.stderr, done
+    _wait_for_the_end(str(config))
+
+
 def test_recovery_that_cannot_be_is_refused(dying):
     run, done = dying(3, [], "faults.recover=on", flags=[])
     assert done.returncode == 2 and "--with-ft ulfm" in done.stderr

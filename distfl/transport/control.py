@@ -141,7 +141,9 @@ class Control:
             if now - max(since, self._asked_last) > self.watch.deadline_seconds:
                 self._calls, self._asked_last = self._calls + 1, now
                 self._roll = _RollCall(self.comm, self._calls)
-        elif not (silent := roll.silent()) or now - roll.began > self.watch.grace_seconds:
+        elif not (silent := roll.silent()):
+            self._roll, self._asked_last = None, now
+        elif now - roll.began > self.watch.grace_seconds:
             self._kept.append(roll)
             self._roll, self._asked_last = None, now
             for rank in silent:

@@ -115,7 +115,7 @@ def _faults(run: Run) -> list[str]:
     return [
         f"round {fault['round']}: lost "
         + ", ".join(f"rank {number} ({host}, process {process})" for number, host, process in fault["lost"])
-        + f" while {fault['phase']}; {fault['done']} with {fault['client_ranks']} client ranks, {fault['seconds']:.1f} s lost"
+        + f" while {fault['phase']}; {fault['done']}, client ranks left: {fault['client_ranks']}, {fault['seconds']:.1f} s lost"
         for fault in run.faults
     ]
 

@@ -138,10 +138,10 @@ def test_three_ranks_of_eight_killed(dying, undisturbed, collective, fates):
 
 def test_half_merged_units_momenta_and_residuals_are_taken_back(dying, undisturbed):
     how = ["transport.codec=top_k", "transport.codec_options.density=0.05", "server.optimizer=adam", "server.learning_rate=0.01"]
-    how += ["fleet.groups.0.memory_mb=16", "memory.margin_mb=1.5"]
+    how += ["fleet.groups.0.memory_mb=16", "memory.margin_mb=1.5", "rounds=3"]
     # 4 client ranks, 3 waves of 6 units: at the 16th block three units have been merged
     run, done = dying(5, [[2, "gathering 16", [2], "KILL"], [3, "training", [1], "KILL"]], *how)
-    check_recovered(run, done, [[2], [1]], undisturbed(*how))
+    check_recovered(run, done, [[2], [1]], undisturbed(*how), rounds=3)
 
 
 def test_deaths_among_those_that_meet_after_a_death_and_at_the_end(dying, undisturbed):
@@ -168,14 +168,14 @@ def test_a_client_that_kills_its_ranks_is_left_out(dying, undisturbed, tmp_path)
 
 def test_ranks_that_hang_are_killed_by_a_process_of_their_host(dying, undisturbed):
     fates = [[0, "start", [3, 4], "HOST elsewhere"], [1, "training", [2, 3], "STOP"]]
-    run, done = dying(6, fates, "rounds=2", "faults.deadline_seconds=2", "faults.grace_seconds=3")
+    run, done = dying(6, fates, "rounds=2", "faults.deadline_seconds=1", "faults.grace_seconds=3")
     check_recovered(run, done, [[2, 3]], undisturbed("transport.collective=gather"), rounds=2)
     assert "rank 3 (elsewhere, process " in done.stderr and done.stderr.count("has not answered for 3 s and is killed") == 2
 
 
 def test_a_rank_that_hangs_out_of_reach_ends_the_job(dying):
     fates = [[0, "start", [2], "HOST elsewhere"], [1, "training", [2], "STOP"]]
-    _, done = dying(4, fates, "faults.deadline_seconds=2", "faults.grace_seconds=3")
+    _, done = dying(4, fates, "faults.deadline_seconds=1", "faults.grace_seconds=3")
     assert done.returncode not in (0, 2, 75)
     assert "no other rank is on elsewhere to end it" in done.stderr and "--resume" in done.stderr
 

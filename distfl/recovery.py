@@ -165,7 +165,8 @@ def _rounded(seconds: float) -> float:
 def describe(fault: Fault) -> str:
     """A line for the person who waits."""
     ranks = ", ".join(f"{number} ({host}, process {process})" for number, host, process in fault.lost)
-    text = f"rank{'s' * (len(fault.lost) > 1)} {ranks} lost while {fault.phase}; {fault.done} with {fault.client_ranks} client rank{'s' * (fault.client_ranks != 1)}"
+    with_ranks = f"{fault.done} with {fault.client_ranks} client rank{'s' * (fault.client_ranks != 1)}"
+    text = f"rank{'s' * (len(fault.lost) > 1)} {ranks} lost while {fault.phase}; {with_ranks}"
     if fault.left_out:
         clients = ", ".join(map(str, fault.left_out))
         text += f"; client{'s' * (len(fault.left_out) > 1)} {clients} left out from now on: {LOSSES_PER_CLIENT} ranks were lost training it"

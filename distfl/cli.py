@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distfl import __version__, launching, settings, starting
-from distfl.config import PretrainConfig, TrainConfig
+from distfl.config import CompareConfig, PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
 from distfl.signals import StopRequest, end_with_parent
@@ -100,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument(
         "--output", type=Path, default=Path("runs/scaling"), help="folder of the runs, which are kept, and of table and picture"
     )
+    compare = command("compare", _compare, "methods x scenarios x seeds under equal caps: make the missing runs, table, pictures", True)
+    compare.add_argument("--stage", choices=("tuning", "runs", "report", "list"), help="only that; without it: tuning, runs, report")
+    compare.add_argument("--task", type=int, default=0, metavar="K", help="make only the runs of the K-th worker of --tasks")
+    compare.add_argument("--tasks", type=int, default=1, metavar="N", help="number of workers, see slurm/compare.sbatch")
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
@@ -282,6 +286,40 @@ def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
     picture = scaling.write(points, options.output)
     print(f"{scaling.text(points)}\npicture: {picture}")
     return 1 if any(point.unexplained_bytes for point in points) else 0
+
+
+def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
+    from distfl import comparison_pictures, standings
+    from distfl.comparison import Comparison, make, share_of
+
+    _check_starts_ranks("compare")
+    comparison = Comparison(Path(options.config), settings.load(CompareConfig, options.config, options.overrides))
+
+    def start(training: list[str], resume: bool) -> int:
+        training = [*training, *(["--resume"] if resume else [])]
+        if comparison.config.ranks:
+            training += ["--ranks", str(comparison.config.ranks)]
+        return launching.run_child(training)
+
+    if options.stage == "list":
+        for trial in [*comparison.tuning(), *comparison.trials()]:
+            print("finished" if trial.run() else "refused " if trial.refusal else "open    ", trial.folder)
+        return 0
+    failed = []
+    for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):
+        if options.stage in (None, stage):
+            of_stage, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say)
+            failed += of_stage
+            if code:
+                return code
+    if failed:
+        launching.say(f"failed: {', '.join(str(trial.folder) for trial in failed)}; start again to go on with them")
+        return 1
+    if options.stage in (None, "report"):
+        found = standings.standings(comparison)
+        print(standings.markdown(found, comparison.config.reference))
+        print("\n".join(map(str, [*standings.write(comparison, found), *comparison_pictures.draw(comparison, found)])))
+    return 0
 
 
 def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -22,8 +22,8 @@ from distfl.errors import NotFinite, WireError
 from distfl.features import FeatureFile, FeatureShelf, Prefix
 from distfl.frozen import matrix_bytes, narrow
 from distfl.messages import Assignment, ClientReport, Failure, Piece
-from distfl.methods.base import Method, build_model, costs_of, load_method
-from distfl.model import ModelSpec
+from distfl.methods.base import Method, costs_of, load_method, structure_of
+from distfl.model import ModelSpec, TinyTransformer, filled
 from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
 from distfl.replica import Replica
 from distfl.residuals import ResidualFolder, Residuals
@@ -31,7 +31,7 @@ from distfl.shards import Sequences, ShardIndex
 from distfl.training import Trained, train
 from distfl.transport.base import WORD, Transport
 from distfl.units import Unit, UnitTable
-from distfl.updates import frame, unframe
+from distfl.updates import check, frame, unframe
 
 NOTHING = np.empty(0, WORD)
 
@@ -47,6 +47,7 @@ class RankState:
     method: Method
     costs: Costs
     replica: Replica
+    structure: TinyTransformer  # of the method's model, without memory behind its parameters
     residuals: ResidualFolder | None  # with error feedback
     shelf: FeatureShelf = field(default_factory=FeatureShelf)
 
@@ -63,7 +64,7 @@ def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shard
     method = load_method(config.method.name, config.method.options)
     costs = costs_of(config, method, spec)
     residuals = ResidualFolder(Path(config.run.folder), costs.table) if costs.encoding.error_feedback else None
-    return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), residuals)
+    return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), structure_of(method, spec), residuals)
 
 
 def host(
@@ -153,6 +154,11 @@ def decode_update(state: RankState, block: np.ndarray, assignment: Assignment, u
     return unframe(state.encoding, block, assignment.round, assignment.client, unit, shared, assignment.weight)
 
 
+def check_update(state: RankState, block: np.ndarray, assignment: Assignment, unit: Unit) -> None:
+    """That what a client is to send of one unit is what it wrote (raises WireError)."""
+    check(state.encoding, block, assignment.round, assignment.client, unit)
+
+
 def _try_to_work(
     state: RankState,
     assignment: Assignment,
@@ -179,7 +185,7 @@ def _work(
     before_batch: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Train the client's own copy of what it may train, then encode it unit by unit."""
-    model = build_model(state.method, state.spec, state.replica.tensors)
+    model = filled(state.structure, state.replica.tensors)
     data = _Attended(state.shards.train(assignment.client, state.spec.context), before_batch)
     with state.method.attached(model, assignment) as parameters:
         _own(parameters)

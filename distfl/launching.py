@@ -209,6 +209,24 @@ def _ranks_of(mpirun: int) -> set[int]:
     return found
 
 
+def run_child(arguments: Sequence[str]) -> int:
+    """Run ``distfl arguments`` in a process of its own and wait; Ctrl-C reaches it by itself, other signals are passed on.
+
+    Returns:
+        The exit code; 128 + the signal's number where one ended it.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "distfl", *arguments], stdin=subprocess.DEVNULL)
+    passed_on = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in passed_on}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
 def run_ranks(
     ranks: int,
     arguments: list[str],

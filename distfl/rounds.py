@@ -40,8 +40,7 @@ from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
 from distfl.messages import Assignment, ClientReport, Fault, Place, RankStart, RoundResult, Score
-from distfl.methods.base import build_model
-from distfl.model import ModelSpec
+from distfl.model import ModelSpec, filled
 from distfl.recovery import REPEAT, BeforeMerge, Recovery, lost_ranks, own_place
 from distfl.results import NOBODY, Merged, record_of, sits_out
 from distfl.server_optimizer import ServerOptimizer
@@ -395,7 +394,7 @@ def _own_scores(state: RankState) -> list[tuple[int, list]]:
         load[rank] += state.shards.shards[client].test_tokens
         if rank == state.transport.rank:
             mine.append(client)
-    model = build_model(state.method, state.spec, state.replica.tensors)
+    model = filled(state.structure, state.replica.tensors)
     scores = []
     for client in mine:
         score = evaluate(model, _attended(state, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch)))

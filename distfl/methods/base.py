@@ -19,7 +19,7 @@ from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
 from distfl.messages import Assignment, Piece
-from distfl.model import ModelSpec, TinyTransformer, skeleton
+from distfl.model import ModelSpec, TinyTransformer, filled, skeleton
 from distfl.planner import Selection, cheapest
 from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
@@ -176,9 +176,13 @@ class Method(ABC):
 
 def build_model(method: Method, spec: ModelSpec, tensors: dict[str, Tensor]) -> TinyTransformer:
     """The method's model whose parameters *are* the given tensors (not copies)."""
+    return filled(structure_of(method, spec), tensors)
+
+
+def structure_of(method: Method, spec: ModelSpec) -> TinyTransformer:
+    """The method's model without memory behind its parameters."""
     model = skeleton(spec)
     method.prepare(model)
-    model.load_state_dict(tensors, assign=True)
     return model
 
 
@@ -214,6 +218,5 @@ def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
 
 def table_of(method: Method, spec: ModelSpec) -> UnitTable:
     """The units of what the method shares."""
-    model = skeleton(spec)
-    method.prepare(model)
-    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in method.shared(model).items()})
+    shared = method.shared(structure_of(method, spec))
+    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in shared.items()})

@@ -140,11 +140,12 @@ class Transport(ABC):
         """Every rank's value at rank 0, in rank order; None elsewhere."""
 
     @abstractmethod
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         """Every rank's block (1-D WORD array, any length, also 0) to rank 0.
 
         Args:
             words: length of every rank's block; only rank 0 must know them.
+            room: at rank 0, a WORD array that all of them fit in, for a transport to put them there: new memory is slow.
 
         Returns:
             The blocks in rank order at rank 0, None elsewhere. Gathers arrive in the order in which they were started.

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NoReturn
 
 import mpi4py
@@ -36,7 +37,9 @@ from distfl.transport.base import WORD, Dismissed, Ledger, Pending, Transport, p
 from distfl.transport.control import Control, Watch  # noqa: E402
 
 EAGER_TESTS = 50  # tests without sleep: what is under way on the same node is there by then
-LONGEST_SLEEP_SECONDS = 2e-3
+SHORTEST_SLEEP_SECONDS = 2e-5
+SLEEP_OF_WAITED = 1 / 20  # of the time waited so far: so much later at most than it could is a transfer noticed
+LONGEST_SLEEP_SECONDS = 1e-3  # with a core for each rank; more ranks sleep longer, so that all tests together cost the same
 ATTENTION_SECONDS = 0.05  # between two looks at the control communicator
 MEETING_SECONDS = 600  # where MPI reports dead ranks nobody ends the others if one dies before MPI has started in all
 UNHEARD = -1  # in place of a length
@@ -63,15 +66,15 @@ class MpiPending:
         transport.under_way.add(self)
 
     def wait(self) -> Any:
-        tests, pause = 0, 2e-5
-        self._transport.waits_since = time.monotonic()
+        for _ in range(EAGER_TESTS):
+            if self._is_done():
+                return self._bring()
+        self._transport.waits_since = began = time.monotonic()
+        longest = _longest_sleep_seconds()
         while not self._is_done():
-            tests += 1
-            if tests > EAGER_TESTS:
-                time.sleep(pause)
-                pause = min(pause * 1.5, LONGEST_SLEEP_SECONDS)
-                self._transport.attend(self._purpose)
-        self._transport.under_way.discard(self)
+            waited = time.monotonic() - began
+            time.sleep(min(longest, max(SHORTEST_SLEEP_SECONDS, waited * SLEEP_OF_WAITED)))
+            self._transport.attend(self._purpose)
         return self._bring()
 
     def advance(self) -> None:
@@ -79,7 +82,10 @@ class MpiPending:
 
     def _is_done(self) -> bool:
         with self._transport.losses(self._purpose):
-            return self._request.Test()
+            is_done = self._request.Test()
+        if is_done:
+            self._transport.under_way.discard(self)
+        return is_done
 
 
 class MpiTransport(Transport):
@@ -162,13 +168,13 @@ class MpiTransport(Transport):
         blocks = self.start_gather(block, purpose, counts).wait()
         return None if blocks is None else [unpack(block) for block in blocks]
 
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         block = np.ascontiguousarray(block)
         if self.rank != 0:
             self._count_direct(0, block.nbytes, purpose)
             return self._start(purpose, lambda: self.comm.Igatherv(_typed(block), None, root=0), block)
         counts = np.asarray(words, np.int64)
-        buffer = np.empty(int(counts.sum()), WORD)
+        buffer = np.empty(counts.sum(), WORD) if room is None else room[: counts.sum()]
         self.ledger.add(purpose, received=buffer.nbytes - block.nbytes)
         into = [buffer, counts, _starts(counts), MPI.UINT32_T]
         bring = lambda: np.split(buffer, np.cumsum(counts)[:-1])  # noqa: E731
@@ -299,6 +305,12 @@ def world(smallest: int) -> MpiTransport:
 
 def _loss(found: str, purpose: str = "") -> RankLost:
     return RankLost("a transfer between ranks", found, "continue with --resume", purpose)
+
+
+@cache
+def _longest_sleep_seconds() -> float:
+    ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", MPI.COMM_WORLD.size))
+    return LONGEST_SLEEP_SECONDS * max(1.0, ranks / len(os.sched_getaffinity(0)))
 
 
 def _typed(array: np.ndarray) -> list:

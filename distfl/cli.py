@@ -141,10 +141,18 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
     launching.say(f"starting {options.ranks} ranks")
-    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
-    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
+    flags = []
+    if config.transport.name != "torch":
+        flags = [*starting.flags(config.launch.start), *launching.recovery_flags(config.faults.recover)]
+    begun_before = folder.begun_at()
+    code = launching.run_ranks(
+        options.ranks, arguments, stop, config.transport.name, flags, lambda: folder.begun_at() not in (None, begun_before)
+    )
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
+    if code == 0 and not folder.is_finished:  # mpirun says so when it is ended from outside, or all ranks are killed
+        launching.say(f"the ranks ended {folder.how_to_go_on()}")
+        return 1
     return code
 
 
@@ -243,7 +251,7 @@ def _check_starts_ranks(command: str) -> None:
         raise TransportError(f"distfl {command}", f"a launcher has started {size} ranks already", "start it alone: it starts ranks itself")
 
 
-AUDITED = ["run.keep_ledgers=true", "transport.name=mpi"]
+AUDITED = ["run.keep_ledgers=true", "transport.name=mpi", "faults.recover=off"]  # ULFM would switch monitoring off
 
 
 def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:

@@ -226,6 +226,20 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What becomes of a run when a rank dies."""
+
+    recover: Switch = "auto"  # go on without dead ranks; auto = where MPI reports them (Open MPI under mpirun --with-ft ulfm, see --ranks)
+    deadline_seconds: float | None = None  # so long the server waits for a transfer until it asks who lives; None = for ever
+    grace_seconds: float = 30.0  # a rank that has not answered then is killed; it answers between two batches
+
+    def __post_init__(self) -> None:
+        for key in ("deadline_seconds", "grace_seconds"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"faults.{key}", value, "above 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A federated run: what ``distfl train`` and ``distfl plan`` read."""
 
@@ -243,6 +257,7 @@ class TrainConfig:
     transport: TransportConfig = TransportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     launch: LaunchConfig = LaunchConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Overrides may stand anywhere among the options."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -57,7 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+@cache  # ranks that are forked from one process share it
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distfl", description="Federated fine-tuning of tiny Transformers under enforced memory caps.")
     parser.add_argument("--version", action="version", version=f"distfl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -76,7 +76,7 @@ def private_mb(pid: int) -> tuple[float, float]:
             elif line.startswith("Private_"):
                 whole += int(line.split()[1])
                 own += 0 if is_replica else int(line.split()[1])
-    return whole / 1e3, own / 1e3
+    return whole * 1024 / 1e6, own * 1024 / 1e6
 
 
 def main(ranks: int = 64, repeats: int = 3, starts: str = "fork,plain", config: str = "configs/smoke.yaml") -> None:

@@ -138,8 +138,8 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
+    flags = starting.flags(config.launch.start, options.ranks) if config.transport.name != "torch" else []
     launching.say(f"starting {options.ranks} ranks")
-    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
     code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
@@ -250,9 +250,11 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     from distfl.links import monitoring_flags
 
     overrides = [*overrides, *AUDITED]
-    folder = RunFolder(settings.load(TrainConfig, config, overrides))
+    loaded = settings.load(TrainConfig, config, overrides)
+    folder = RunFolder(loaded)
     folder.check(resume=False)
-    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
+    flags = [*starting.flags(loaded.launch.start, ranks), *monitoring_flags(links_prefix(folder.path))]
+    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=flags)
 
 
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -24,6 +24,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(listening: int, key: str) -> None:
     """Import once, fork ranks until none is left; returns in none of them."""
+    for number in _open_files().keys() - {0, 1, 2, listening}:
+        if os.get_inheritable(number):
+            os.close(number)  # inherited through its launcher, which is one of many
     listener = socket.socket(fileno=listening)
     parent = Parent(listener, key, _prepare())
     try:
@@ -50,7 +53,7 @@ def _prepare() -> str:
     gc.freeze()  # a collection in a rank would write to every object, and so copy it
     if len(os.listdir("/proc/self/task")) > 1:
         return "an import has started threads, which do not live in forked ranks"
-    if any(name.startswith("/dev/nvidia") for name in _open_files()):
+    if any(name.startswith("/dev/nvidia") for name in _open_files().values()):
         return "an import has opened the GPU, which forked ranks cannot use"
     return ""
 
@@ -88,11 +91,12 @@ class _Shards:
         return Sequences(np.zeros(4 * context, TOKEN), context)
 
 
-def _open_files() -> list[str]:
-    names = []
-    for number in os.listdir("/proc/self/fd"):
+def _open_files() -> dict[int, str]:
+    """Names of this process's open files, by descriptor."""
+    names = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
         try:
-            names.append(os.readlink(f"/proc/self/fd/{number}"))
+            names[number] = os.readlink(f"/proc/self/fd/{number}")
         except OSError:  # that of the listing itself
             pass
     return names

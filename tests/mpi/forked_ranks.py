@@ -21,9 +21,7 @@ def facts() -> int:
         "cores": sorted(os.sched_getaffinity(0)),
         "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
         "ignored": [number for number in forking.PASSED_ON if signal.getsignal(number) is signal.SIG_IGN],
-"streams": [os.readlink(f"/proc/self/fd/{number}").rstrip("0123456789:[]") for number in range(3)],
-            os.readlink(f"/proc/self/fd/{number}").rstrip("0123456789:[]") for number in os.listdir("/proc/self/fd")[:-1]
-        ),
+        "streams": [os.readlink(f"/proc/self/fd/{number}").rstrip("0123456789:[]") for number in range(3)],
         "path": sys.path,
         "leads its group": os.getpgid(0) == os.getpid(),
     }

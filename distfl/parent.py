@@ -45,9 +45,9 @@ def _prepare() -> str:
     try:
         for name in SHARED_IMPORTS:
             importlib.import_module(name)
+        _rehearse()
     except BaseException as error:  # a rank that is started plainly will say more
         return f"{type(error).__name__}: {error}"
-    _rehearse()
     allocator.exact_allocator()  # its free blocks are shared, too, until one is used
     gc.collect()
     gc.freeze()  # a collection in a rank would write to every object, and so copy it

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Overrides may stand anywhere among the options."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -57,7 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+@cache  # ranks that are forked from one process share it
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distfl", description="Federated fine-tuning of tiny Transformers under enforced memory caps.")
     parser.add_argument("--version", action="version", version=f"distfl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -140,10 +142,10 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
-    launching.say(f"starting {options.ranks} ranks")
     flags = []
     if config.transport.name != "torch":
-        flags = [*starting.flags(config.launch.start), *launching.recovery_flags(config.faults.recover)]
+        flags = [*starting.flags(config.launch.start, options.ranks), *launching.recovery_flags(config.faults.recover)]
+    launching.say(f"starting {options.ranks} ranks")
     begun_before = folder.begun_at()
     code = launching.run_ranks(
         options.ranks, arguments, stop, config.transport.name, flags, lambda: folder.begun_at() not in (None, begun_before)
@@ -260,9 +262,11 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     from distfl.links import monitoring_flags
 
     overrides = [*overrides, *AUDITED]
-    folder = RunFolder(settings.load(TrainConfig, config, overrides))
+    loaded = settings.load(TrainConfig, config, overrides)
+    folder = RunFolder(loaded)
     folder.check(resume=False)
-    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
+    flags = [*starting.flags(loaded.launch.start, ranks), *monitoring_flags(links_prefix(folder.path))]
+    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=flags)
 
 
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:

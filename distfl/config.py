@@ -222,7 +222,8 @@ class RunConfig:
 class LaunchConfig:
     """How ``--ranks`` starts ranks under MPI."""
 
-    start: Literal["plain", "fork", "auto"] = "plain"  # fork = from one parent per node; auto = where `distfl doctor` has proven it
+    # fork = from one parent per node; auto = where `distfl doctor`, or the first start of 8 ranks or more, has proven that it works
+    start: Literal["plain", "fork", "auto"] = "auto"
 
 
 @dataclass(frozen=True)

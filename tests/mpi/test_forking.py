@@ -148,7 +148,7 @@ def test_sigusr1_reaches_the_ranks_and_a_waiting_rank_holds_little(distfl, confi
     ranks = family_of.ranks()
     assert len(ranks) == 3 and len(family_of.launchers()) == 3 and len(family_of.parents()) == 1
     private = sorted(_private_mb(rank) for rank in ranks)
-    assert private[0] < 40, private  # a plain one: 170
+    assert private[0] < 60, private  # in the middle of training; a plain one: 170
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "continue with --resume" in err, err

@@ -19,6 +19,7 @@ from distfl.messages import Piece
 from distfl.units import TensorSpec, Unit
 
 FIXED_BITS = 47
+PART_ELEMENTS = 2**14  # of whole tensors, added up at a time
 LARGEST_FIXED = 2.0**15  # of a value: shares of the weight sum to 1, so sums stay below 2^62
 
 
@@ -32,6 +33,7 @@ class UnitMean:
         self._shapes = {tensor.name: tensor.shape for tensor in unit.tensors}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
+        self._widened = torch.empty(PART_ELEMENTS, dtype=torch.float64)
 
     def check(self, pieces: list[Piece]) -> None:
         """Refuse what cannot be summed up (raises NotFinite)."""
@@ -40,10 +42,12 @@ class UnitMean:
         """Add one client's pieces of this unit."""
         for piece in pieces:
             shape = self._shapes[piece.name]
-            total = self._sums.setdefault(piece.name, torch.zeros(shape, dtype=self.dtype))
-            weight = self._weights.setdefault(piece.name, torch.zeros((), dtype=self.dtype))
+            if piece.name not in self._sums:
+                self._sums[piece.name] = torch.zeros(shape, dtype=self.dtype)
+                self._weights[piece.name] = torch.zeros((), dtype=self.dtype)
+            total, weight = self._sums[piece.name], self._weights[piece.name]
             if piece.region is None:
-                self._add_whole(total, piece.values, piece.weight)
+                self._add_whole(total.view(-1), piece.values.reshape(-1), piece.weight)
                 weight += self._counted(piece.weight)
                 continue
             if weight.ndim == 0:
@@ -57,7 +61,12 @@ class UnitMean:
             weight[where] += self._counted(piece.weight)
 
     def _add_whole(self, total: Tensor, values: Tensor, weight: float) -> None:
-        total.add_(values, alpha=weight)
+        """Part by part: what is converted stays in the processor's cache, and no page is faulted for it."""
+        for part, of_total in zip(values.split(PART_ELEMENTS), total.split(PART_ELEMENTS)):
+            self._add_part(of_total, self._widened[: len(part)].copy_(part), weight)
+
+    def _add_part(self, total: Tensor, widened: Tensor, weight: float) -> None:
+        total.add_(widened, alpha=weight)
 
     def _weighted(self, values: Tensor, weight: float) -> Tensor:
         return values.double() * weight
@@ -149,6 +158,7 @@ class FixedPointMean(UnitMean):
     def __init__(self, unit: Unit, round_weight: float):
         super().__init__(unit)
         self._scale = 2.0**FIXED_BITS / round_weight
+        self._rounded = torch.empty(PART_ELEMENTS, dtype=torch.int64)
 
     def check(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -159,8 +169,8 @@ class FixedPointMean(UnitMean):
                     "lower training.learning_rate, or set transport.sums=float",
                 )
 
-    def _add_whole(self, total: Tensor, values: Tensor, weight: float) -> None:
-        total += self._weighted(values, weight)
+    def _add_part(self, total: Tensor, widened: Tensor, weight: float) -> None:
+        total += self._rounded[: len(total)].copy_(widened.mul_(weight * self._scale).round_())
 
     def _weighted(self, values: Tensor, weight: float) -> Tensor:
         return values.double().mul_(weight * self._scale).round_().long()

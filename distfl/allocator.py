@@ -113,15 +113,15 @@ def fresh_heap() -> Iterator[None]:
     """
     trim_heap()
     plugs = []
-    if is_prepared() and free_heap_bytes() < MOST_PLUGGED_BYTES:
+    if is_prepared():
         malloc, free = _malloc_and_free()
-        end = _heap_end()
+        end, size, left = _heap_end(), MOST_PLUGGED_BYTES, MOST_PLUGGED_BYTES
         with _no_more_memory():
-            size = 2 ** free_heap_bytes().bit_length()
-            while size >= SMALLEST_PLUG_BYTES:
+            while SMALLEST_PLUG_BYTES <= size <= left:
                 plug = malloc(size)
                 if plug and plug < end:
                     plugs.append(plug)
+                    left -= size
                     continue
                 if plug:  # no hole: the heap has grown for it, and what is spared is not for us
                     free(plug)
@@ -195,6 +195,7 @@ def free_heap_bytes() -> int:
     return mallinfo2().field8
 
 
+@cache
 def _function(name: str):
     """A function of the C library, or None where it has none of this name."""
     return getattr(ctypes.CDLL(None), name, None)

@@ -10,11 +10,12 @@ import argparse
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from distfl import __version__, launching, settings, starting
-from distfl.config import PretrainConfig, TrainConfig
+from distfl.config import CompareConfig, PretrainConfig, TrainConfig
 from distfl.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, DistflError, TransportError
 from distfl.run_folder import RunFolder
 from distfl.signals import StopRequest, end_with_parent
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Overrides may stand anywhere among the options."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -57,7 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+@cache  # ranks that are forked from one process share it
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distfl", description="Federated fine-tuning of tiny Transformers under enforced memory caps.")
     parser.add_argument("--version", action="version", version=f"distfl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -100,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument(
         "--output", type=Path, default=Path("runs/scaling"), help="folder of the runs, which are kept, and of table and picture"
     )
+    compare = command("compare", _compare, "methods x scenarios x seeds under equal caps: make the missing runs, table, pictures", True)
+    compare.add_argument("--stage", choices=("tuning", "runs", "report", "list"), help="only that; without it: tuning, runs, report")
+    compare.add_argument("--task", type=int, default=0, metavar="K", help="make only the runs of the K-th worker of --tasks")
+    compare.add_argument("--tasks", type=int, default=1, metavar="N", help="number of workers, see slurm/compare.sbatch")
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
@@ -136,11 +142,19 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
         raise ConfigError("transport.name = local", f"--ranks {options.ranks} was given too", "leave one of them away")
     folder = RunFolder(config)
     folder.check(options.resume)  # cheap, and without the notices of a launcher
+    flags = []
+    if config.transport.name != "torch":
+        flags = [*starting.flags(config.launch.start, options.ranks), *launching.recovery_flags(config.faults.recover)]
     launching.say(f"starting {options.ranks} ranks")
-    flags = starting.flags(config.launch.start) if config.transport.name != "torch" else []
-    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags)
+    begun_before = folder.begun_at()
+    code = launching.run_ranks(
+        options.ranks, arguments, stop, config.transport.name, flags, lambda: folder.begun_at() not in (None, begun_before)
+    )
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
+    if code == 0 and not folder.is_finished:  # mpirun says so when it is ended from outside, or all ranks are killed
+        launching.say(f"the ranks ended {folder.how_to_go_on()}")
+        return 1
     return code
 
 
@@ -239,7 +253,7 @@ def _check_starts_ranks(command: str) -> None:
         raise TransportError(f"distfl {command}", f"a launcher has started {size} ranks already", "start it alone: it starts ranks itself")
 
 
-AUDITED = ["run.keep_ledgers=true", "transport.name=mpi"]
+AUDITED = ["run.keep_ledgers=true", "transport.name=mpi", "faults.recover=off"]  # ULFM would switch monitoring off
 
 
 def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, int]:
@@ -248,9 +262,11 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     from distfl.links import monitoring_flags
 
     overrides = [*overrides, *AUDITED]
-    folder = RunFolder(settings.load(TrainConfig, config, overrides))
+    loaded = settings.load(TrainConfig, config, overrides)
+    folder = RunFolder(loaded)
     folder.check(resume=False)
-    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=monitoring_flags(links_prefix(folder.path)))
+    flags = [*starting.flags(loaded.launch.start, ranks), *monitoring_flags(links_prefix(folder.path))]
+    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=flags)
 
 
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -274,6 +290,40 @@ def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
     picture = scaling.write(points, options.output)
     print(f"{scaling.text(points)}\npicture: {picture}")
     return 1 if any(point.unexplained_bytes for point in points) else 0
+
+
+def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
+    from distfl import comparison_pictures, standings
+    from distfl.comparison import Comparison, make, share_of
+
+    _check_starts_ranks("compare")
+    comparison = Comparison(Path(options.config), settings.load(CompareConfig, options.config, options.overrides))
+
+    def start(training: list[str], resume: bool) -> int:
+        training = [*training, *(["--resume"] if resume else [])]
+        if comparison.config.ranks:
+            training += ["--ranks", str(comparison.config.ranks)]
+        return launching.run_child(training)
+
+    if options.stage == "list":
+        for trial in [*comparison.tuning(), *comparison.trials()]:
+            print("finished" if trial.run() else "refused " if trial.refusal else "open    ", trial.folder)
+        return 0
+    failed = []
+    for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):
+        if options.stage in (None, stage):
+            of_stage, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say)
+            failed += of_stage
+            if code:
+                return code
+    if failed:
+        launching.say(f"failed: {', '.join(str(trial.folder) for trial in failed)}; start again to go on with them")
+        return 1
+    if options.stage in (None, "report"):
+        found = standings.standings(comparison)
+        print(standings.markdown(found, comparison.config.reference))
+        print("\n".join(map(str, [*standings.write(comparison, found), *comparison_pictures.draw(comparison, found)])))
+    return 0
 
 
 def _calibrate(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -222,7 +222,22 @@ class RunConfig:
 class LaunchConfig:
     """How ``--ranks`` starts ranks under MPI."""
 
-    start: Literal["plain", "fork", "auto"] = "plain"  # fork = from one parent per node; auto = where `distfl doctor` has proven it
+    # fork = from one parent per node; auto = where `distfl doctor`, or the first start of 8 ranks or more, has proven that it works
+    start: Literal["plain", "fork", "auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What becomes of a run when a rank dies."""
+
+    recover: Switch = "auto"  # go on without dead ranks; auto = where MPI reports them (Open MPI under mpirun --with-ft ulfm, see --ranks)
+    deadline_seconds: float | None = None  # so long the server waits for a transfer until it asks who lives; None = for ever
+    grace_seconds: float = 30.0  # a rank that has not answered then is killed; it answers between two batches
+
+    def __post_init__(self) -> None:
+        for key in ("deadline_seconds", "grace_seconds"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"faults.{key}", value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -243,6 +258,7 @@ class TrainConfig:
     transport: TransportConfig = TransportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     launch: LaunchConfig = LaunchConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
@@ -313,3 +329,68 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         tokens, depths = self.schedule.tokens, self.architecture.depths
         require(len(tokens) in (1, len(depths)), "schedule.tokens", tokens, f"one number, or one for each of the {len(depths)} depths")
+
+
+@dataclass(frozen=True)
+class ContenderConfig:
+    """One method of a comparison."""
+
+    method: str
+    label: str | None = None  # what tables and folders call it; None = the method's name
+    options: dict[str, Any] = field(default_factory=dict)  # method.options
+    overrides: tuple[str, ...] = ()  # key=value, after those of the scenario
+
+
+@dataclass(frozen=True)
+class ScenarioConfig:
+    """One setting in which all methods are compared."""
+
+    name: str
+    overrides: tuple[str, ...] = ()  # key=value, of the training config
+    axis: str | None = None  # scenarios with the same axis make one picture, for instance "memory cap, MB"
+    value: float | None = None  # where on the axis
+    rates_of: str | None = None  # take the learning rates that were tuned in this scenario; None = tune here
+    methods: tuple[str, ...] | None = None  # labels of those that are compared here; None = all
+
+    def __post_init__(self) -> None:
+        require((self.axis is None) == (self.value is None), f"scenarios[{self.name}].axis/value", self.axis, "given both or not at all")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Learning rates: every method tries the same ones, as often and as long, with a seed that no result is of."""
+
+    learning_rates: tuple[float, ...] = ()  # none = that of the training config, for all methods
+    seed: int = 1000
+    overrides: tuple[str, ...] = ()  # key=value, for instance rounds=5
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Methods x scenarios x seeds: what ``distfl compare`` reads."""
+
+    train: str  # config file of every run, seen from this file
+    methods: tuple[ContenderConfig, ...]
+    scenarios: tuple[ScenarioConfig, ...]
+    output: str = "runs/comparison"
+    ranks: int | None = None  # of every run; None = in one process
+    seeds: tuple[int, ...] = (1, 2, 3)
+    reference: str = "caff"  # label of the method that all others are held against
+    tuning: TuningConfig = TuningConfig()
+
+    def __post_init__(self) -> None:
+        labels, names = [one.label or one.method for one in self.methods], [scenario.name for scenario in self.scenarios]
+        for key, given in (("methods", labels), ("scenarios", names), ("seeds", list(self.seeds))):
+            require(given and len(set(given)) == len(given), key, given, "a list without repetition")
+        for name in (*labels, *names):  # they become folders
+            plain = all(letter.isalnum() or letter in "-_." for letter in name)
+            require(plain, "name or label", name, "of letters, digits and -_. only")
+        require(self.reference in labels, "reference", self.reference, f"one of {labels}")
+        require(self.ranks is None or self.ranks >= 2, "ranks", self.ranks, "2 or more")
+        require(self.tuning.seed not in self.seeds, "tuning.seed", self.tuning.seed, "none of seeds")
+        for scenario in self.scenarios:
+            given = scenario.methods or (self.reference,)
+            rule = f"labels among {labels}, with {self.reference}"
+            require(self.reference in given and set(given) <= {*labels}, f"scenarios[{scenario.name}].methods", given, rule)
+            tuned = [other.name for other in self.scenarios if other.rates_of is None]
+            require(scenario.rates_of in (None, *tuned), f"scenarios[{scenario.name}].rates_of", scenario.rates_of, f"one of {tuned}")

@@ -19,6 +19,23 @@ PROOF_BYTES = 32 * 10**6
 RANK_SCRIPT = "from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.allreduce(c.rank), c.size, MPI.Get_library_version().split(',')[0])"
 
 TORCH_SCRIPT = "from distfl.transport.torch_dist import TorchTransport as T; t = T(2); t.gather(0, ''); t.rank or print(t.library)"
+LOSS_SCRIPT = """
+import os
+from distfl.errors import RankLost
+from distfl.transport.mpi import world
+transport = world(3)
+transport.gather(None, "start")
+if transport.rank == 2:
+    os.kill(os.getpid(), 9)
+try:
+    while True:
+        transport.gather(None, "start")
+except RankLost:
+    transport.recover()
+transport.part(True)
+transport.rank or print("ranks left:", transport.size)
+raise SystemExit(transport.leave(0))
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ def examine() -> int:
     """Try everything and print it; returns 0 if all that a run needs works, 1 otherwise."""
     needed: list[Callable[[], Finding]] = [_torch, _memory_meter, _memory_cap, _family, _cache, _mpi]
     mechanisms = [partial(_mechanism, name) for name in ("rlimit", "cgroup-v2", "cgroup-v1", "cuda")]
-    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _torchrun, _forking, _slurm, _cuda]
+    told: list[Callable[[], Finding]] = [_machine, _allocator, *mechanisms, _torchrun, _forking, _lost_ranks, _slurm, _cuda]
     well = True
     for check in [*told[:1], *needed, *told[1:]]:
         finding = _tried(check)
@@ -200,6 +217,25 @@ def _forking() -> Finding:
     if why := starting.prove():
         return Finding("forking start", None, f"not here, launch.start=auto starts ranks plainly: {why}")
     return Finding("forking start", True, "2 ranks forked from one parent met, their caps bite: launch.start=auto takes it")
+
+
+def _lost_ranks() -> Finding:
+    flags = launching.recovery_flags("auto")
+    if "--with-ft" not in [*flags, *os.environ.get("DISTFL_MPIRUN_FLAGS", "").split()]:
+        return Finding("lost ranks", None, "this MPI has no ULFM: a rank that dies ends the job, --resume continues it")
+    command = launching.mpirun_command(3, [], flags)
+    command = [*command[: command.index(sys.executable)], sys.executable, "-c", LOSS_SCRIPT]
+    mend = "set faults.recover=off"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("lost ranks", False, f"of 3 ranks one was killed, and the others did not end within {RANKS_TIMEOUT_SECONDS} s", mend)
+    if done.returncode or "ranks left: 2" not in done.stdout:
+        found = (done.stderr.strip() or "no output").splitlines()
+        return Finding("lost ranks", False, f"of 3 ranks one was killed, and the job ended with {done.returncode}: {found[-1]}", mend)
+    return Finding(
+        "lost ranks", True, "of 3 ranks one was killed, the others went on (ULFM): --ranks has rounds repeated without lost ranks"
+    )
 
 
 def _slurm() -> Finding:

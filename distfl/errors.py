@@ -65,7 +65,17 @@ class TransportError(DistflError):
 
 
 class RankLost(DistflError):
-    """A connection to another rank broke: that one has ended, and has said why if it could."""
+    """A connection to another rank broke: that one has ended, and has said why if it could.
+
+    Args:
+        purpose: of the transfer in which it was seen, as the ledger names it.
+
+    ``answered`` has the ranks, by their numbers at the start, whose part in that transfer had come.
+    """
+
+    def __init__(self, asked: str, found: str, change: str, purpose: str = ""):
+        super().__init__(asked, found, change)
+        self.purpose, self.answered = purpose, frozenset()
 
 
 class CheckpointError(DistflError):

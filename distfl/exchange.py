@@ -8,7 +8,7 @@ sums of a unit add these up along a binomial tree, each unit from another root, 
 server. What the server takes in and holds does not depend on the number of clients. Sums in fixed point give
 the same bits on any number of ranks; sums in float32 half the bytes.
 
-*Bad blocks.* In both ways the client's rank reads its whole update (``keep``) before it is reported and before anything of it
+*Bad blocks.* In both ways the client's rank checks its whole update (``keep``) before it is reported and before anything of it
 is sent or summed up: if one block is bad the client is left out of the round altogether. Between ranks, in gather, a
 block can still be garbled on its way to the server, which sees that only when it arrives, with earlier units merged and in
 the last wave finished. From there on nothing more of this client is taken; what was merged stays, as good as that of a
@@ -35,7 +35,7 @@ from torch import Tensor
 from distfl.aggregation import FixedPointMean, UnitMean
 from distfl.checksums import seal, sealed_words, unseal
 from distfl.errors import WireError
-from distfl.hosting import NOTHING, RankState, bad_message, decode_update
+from distfl.hosting import NOTHING, RankState, bad_message, check_update, decode_update
 from distfl.messages import Assignment, ClientReport, Failure
 from distfl.transport.base import WORD, Pending
 from distfl.units import VALUE_BYTES, Unit
@@ -116,11 +116,12 @@ class Gather(Exchange):
     def __init__(self, state: RankState, round_weight: float):
         super().__init__(state, round_weight)
         self._means: dict[int, UnitMean] = {}
+        self._rooms = deque([NOTHING] * UNITS_UNDER_WAY)  # what arrives next comes into the one that was used first
 
     def keep(self, assignment: Assignment, blocks: list[np.ndarray]) -> None:
         for unit, block in zip(self.state.table.trainable, blocks):
             if len(block):
-                decode_update(self.state, block, assignment, unit)
+                check_update(self.state, block, assignment, unit)
 
     def give(self, blocks: list[np.ndarray]) -> None:
         for _ in _pipelined(blocks, lambda block: self.state.transport.start_gather(block, "updates")):
@@ -132,7 +133,6 @@ class Gather(Exchange):
     def take(self, hosted: list[Assignment], words: list[list[int]], by_element: set[int], last: bool) -> Iterator[tuple[Unit, MeanOf]]:
         for unit, blocks, next_ones in _pipelined(self.state.table.trainable, lambda unit: self._start(unit.index, words)):
             self._add(unit, hosted, blocks[1:], next_ones)
-            del blocks  # before the next but one is started
             if last and unit.index in self._means:
                 mean = self._means.pop(unit.index)
                 yield unit, lambda name, old, mean=mean: mean.mean(name, old, self.round_weight)
@@ -140,7 +140,11 @@ class Gather(Exchange):
     def _start(self, unit: int, words: list[list[int]]) -> Pending:
         idle = self.state.transport.size - 1 - len(words)
         lengths = [0, *(of_client[unit] for of_client in words), *[0] * idle]
-        return self.state.transport.start_gather(NOTHING, "updates", lengths)
+        room = self._rooms.popleft()
+        if len(room) < sum(lengths):
+            room = np.empty(sum(lengths), WORD)
+        self._rooms.append(room)
+        return self.state.transport.start_gather(NOTHING, "updates", lengths, room)
 
     def _add(self, unit: Unit, hosted: list[Assignment], blocks: Sequence[np.ndarray], next_ones: Sequence[Pending]) -> None:
         for assignment, block in zip(hosted, blocks):

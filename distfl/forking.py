@@ -27,7 +27,10 @@ from typing import Any, NoReturn
 START = "DISTFL_START"  # fork | plain, for every rank
 JOB = ("PMIX_NAMESPACE", "PMIX_SERVER_URI2")  # the first is there under Open MPI's mpirun and under srun --mpi=pmix
 DECIDED_AT_START = ("GLIBC_TUNABLES", "DISTFL_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")  # the parent's hold for its ranks
-PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+PASSED_ON = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
+    *(signal.SIGTSTP, signal.SIGCONT),  # the rank stops and goes on, its launcher waits all the time
+)
 TRIES = 3  # a parent may be about to end, or be killed
 SECONDS_TO_ASK = 30
 KINDS_OF_LIMITS = 16  # RLIM_NLIMITS of Linux
@@ -62,9 +65,10 @@ def launch(entry: str) -> int | None:
         if connection is not None:
             connection.close()
         if word:
-            if os.environ.get("PMIX_RANK") == "0":
-                print(f"distfl: ranks start plainly: {word.decode().strip()}", file=sys.stderr, flush=True)
-            return None
+            break
+    os.environ[START] = "plain"  # should this process restart itself, it need not ask again
+    if os.environ.get("PMIX_RANK") == "0":
+        print(f"distfl: ranks start plainly: {word.decode().strip() or 'no parent of ranks answers'}", file=sys.stderr, flush=True)
     return None
 
 
@@ -77,6 +81,7 @@ def _key() -> str:
             *(resource.getrlimit(number) for number in range(KINDS_OF_LIMITS)),
             *(signal.getsignal(number) is signal.SIG_IGN for number in PASSED_ON),
             sys.executable,
+            sys.path,
             __file__,
         ]
     )
@@ -93,6 +98,7 @@ def _connect() -> socket.socket:
             connection.connect(address)
             if peer_is_ours(connection):
                 return connection
+            connection.close()  # another user's process has taken the name
             break
         except ConnectionRefusedError:
             connection.close()
@@ -142,11 +148,11 @@ def _hand_over(connection: socket.socket, entry: str) -> None:
         "arguments": sys.argv,
         "original": sys.orig_argv,
         "umask": umask,
-        "cores": list(os.sched_getaffinity(0)),
+        "cores": sorted(os.sched_getaffinity(0)),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
     }
     words = marshal.dumps(request)
-    folder = os.open(".", os.O_RDONLY)
+    folder = os.open(".", os.O_PATH)  # to go there takes no right to read it
     try:
         socket.send_fds(connection, [len(words).to_bytes(LENGTH_BYTES, "little")], [0, 1, 2, folder])
         connection.sendall(words)

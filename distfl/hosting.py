@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,16 @@ from distfl.errors import NotFinite, WireError
 from distfl.features import FeatureFile, FeatureShelf, Prefix
 from distfl.frozen import matrix_bytes, narrow
 from distfl.messages import Assignment, ClientReport, Failure, Piece
-from distfl.methods.base import Method, build_model, costs_of, load_method
-from distfl.model import ModelSpec
+from distfl.methods.base import Method, costs_of, load_method, structure_of
+from distfl.model import ModelSpec, TinyTransformer, filled
 from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
 from distfl.replica import Replica
 from distfl.residuals import ResidualFolder, Residuals
-from distfl.shards import ShardIndex
+from distfl.shards import Sequences, ShardIndex
 from distfl.training import Trained, train
 from distfl.transport.base import WORD, Transport
 from distfl.units import Unit, UnitTable
-from distfl.updates import frame, unframe
+from distfl.updates import check, frame, unframe
 
 NOTHING = np.empty(0, WORD)
 
@@ -47,6 +47,7 @@ class RankState:
     method: Method
     costs: Costs
     replica: Replica
+    structure: TinyTransformer  # of the method's model, without memory behind its parameters
     residuals: ResidualFolder | None  # with error feedback
     shelf: FeatureShelf = field(default_factory=FeatureShelf)
 
@@ -63,16 +64,21 @@ def rank_state(transport: Transport, config: TrainConfig, spec: ModelSpec, shard
     method = load_method(config.method.name, config.method.options)
     costs = costs_of(config, method, spec)
     residuals = ResidualFolder(Path(config.run.folder)) if costs.encoding.error_feedback else None
-    return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), residuals)
+    return RankState(transport, config, spec, shards, method, costs, Replica(costs.table), structure_of(method, spec), residuals)
 
 
 def host(
-    state: RankState, cap: MemoryCap, assignment: Assignment, keep: Callable[[Assignment, list[np.ndarray]], object] = lambda *_: None
+    state: RankState,
+    cap: MemoryCap,
+    assignment: Assignment,
+    keep: Callable[[Assignment, list[np.ndarray]], object] = lambda *_: None,
+    attend: Callable[[], object] = lambda: None,
 ) -> tuple[list[np.ndarray], ClientReport]:
     """One client's round under its cap.
 
     Args:
         keep: takes in the update before it is reported, outside of the cap; raises NotFinite or WireError where it cannot.
+        attend: called by the rank before every batch, or now and then while the client's own process works; what it raises ends the work.
 
     Returns:
         A block for each unit that windows are made of, empty for those it does not send, and its report. Running into the cap,
@@ -82,8 +88,9 @@ def host(
     # in a control group what is written to files counts, so nothing is kept there
     files = _feature_files(state, assignment) if cap.in_this_process else {}
     residuals = state.residuals and state.residuals.load(assignment, state.method.held(state.costs, assignment.detail).table)
-    work = partial(_try_to_work, state, assignment, files, residuals)
-    measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state))
+    before_batch = attend if cap.in_this_process else lambda: None
+    work = partial(_try_to_work, state, assignment, files, residuals, before_batch)
+    measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state), attend)
     collect_garbage()
     outcome = measured.outcome
     if outcome is None:
@@ -147,10 +154,21 @@ def decode_update(state: RankState, block: np.ndarray, assignment: Assignment, u
     return unframe(state.encoding, block, assignment.round, assignment.client, unit, shared, assignment.weight)
 
 
-def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile], residuals: Residuals | None) -> Outcome:
+def check_update(state: RankState, block: np.ndarray, assignment: Assignment, unit: Unit) -> None:
+    """That what a client is to send of one unit is what it wrote (raises WireError)."""
+    check(state.encoding, block, assignment.round, assignment.client, unit)
+
+
+def _try_to_work(
+    state: RankState,
+    assignment: Assignment,
+    files: dict[int, FeatureFile],
+    residuals: Residuals | None,
+    before_batch: Callable[[], object],
+) -> Outcome:
     """The client's work, wherever the cap has it done."""
     try:
-        return _work(state, assignment, files, residuals)
+        return _work(state, assignment, files, residuals, before_batch)
     except Exception as error:
         if is_allocation_failure(error):
             return _left_out(over_cap(assignment, refused_allocation(error)))
@@ -159,10 +177,16 @@ def _try_to_work(state: RankState, assignment: Assignment, files: dict[int, Feat
         raise
 
 
-def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile], residuals: Residuals | None) -> Outcome:
+def _work(
+    state: RankState,
+    assignment: Assignment,
+    files: dict[int, FeatureFile],
+    residuals: Residuals | None,
+    before_batch: Callable[[], object] = lambda: None,
+) -> Outcome:
     """Train the client's own copy of what it may train, then encode it unit by unit."""
-    model = build_model(state.method, state.spec, state.replica.tensors)
-    data = state.shards.train(assignment.client, state.spec.context)
+    model = filled(state.structure, state.replica.tensors)
+    data = _Attended(state.shards.train(assignment.client, state.spec.context), before_batch)
     state.method.hold(model, assignment, state.config.seed)
     with state.method.attached(model, assignment) as parameters:
         _own(parameters)
@@ -181,6 +205,18 @@ def _work(state: RankState, assignment: Assignment, files: dict[int, FeatureFile
         shared, kept = state.replica.tensors, residuals and residuals.tensors
         blocks.append(frame(state.encoding, pieces, assignment.round, assignment.client, unit, shared, draws, kept))
     return Outcome(blocks, {"trained": asdict(done), "failure": None})
+
+
+class _Attended(Sequences):
+    """A client's sequences; something is done before every batch."""
+
+    def __init__(self, sequences: Sequences, before_batch: Callable[[], object]):
+        super().__init__(sequences.tokens, sequences.context)
+        self._before_batch = before_batch
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._before_batch()
+        return super().batch(rows)
 
 
 def _own(parameters: Iterable[Parameter]) -> None:

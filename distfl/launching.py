@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distfl import allocator
@@ -26,6 +27,10 @@ TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
+MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
+SECONDS_TO_END_TOGETHER = 10  # from the end of the first rank that refuses to start to that of the last one
+START_POLL_SECONDS = 0.5
+SECONDS_TO_ABORT = 5  # from an abort until mpirun is ended if it still waits for a rank
 SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
@@ -101,6 +106,51 @@ def mpirun_path() -> str:
     return found
 
 
+def mpi_reports_losses() -> bool:
+    """Whether this rank's launcher has MPI report dead ranks, and not end the job because of them."""
+    return os.environ.get(MPI_REPORTS_LOSSES, "0").lower() in ("1", "true", "yes", "on", "enabled")
+
+
+def end_daemon_later() -> None:
+    """Where MPI reports dead ranks, Open MPI's daemons leave it to the ranks to end when one aborts, and a rank that hangs does not.
+    A process of its own sees to it that this host's daemon (mpirun itself, on the first host) ends all, if it is still there then."""
+    daemon = os.environ.get("PMIX_SERVER_TMPDIR", "").rpartition(".")[2]
+    if not daemon.isdecimal() or os.fork():
+        return
+    try:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):  # mpirun waits until all that write to it have ended
+            os.dup2(nowhere, stream)
+        deadline = time.monotonic() + SECONDS_TO_ABORT
+        while time.monotonic() < deadline and Path("/proc", daemon).exists():
+            time.sleep(0.1)
+        os.kill(int(daemon), signal.SIGTERM)
+    finally:
+        os._exit(0)
+
+
+def recovery_flags(recover: str) -> list[str]:
+    """What mpirun must be told for ``faults.recover`` (raises TransportError where its MPI cannot)."""
+    own_flags = shlex.split(os.environ.get("DISTFL_MPIRUN_FLAGS", ""))
+    if recover == "off" or "--with-ft" in own_flags:
+        return []
+    if _has_ulfm():
+        return ["--with-ft", "ulfm"]
+    if recover == "on":
+        raise TransportError("faults.recover = on", f"the MPI of {mpirun_path()} has no ULFM", "set faults.recover=auto, or use Open MPI 5")
+    return []
+
+
+def _has_ulfm() -> bool:
+    """Whether the MPI that ranks are started with was built to report dead ranks, as Open MPI's ompi_info says."""
+    ask = Path(mpirun_path()).with_name("ompi_info")
+    try:
+        return "options:ft_mpi_support:yes" in subprocess.run([ask, "--parsable"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
 def mpirun_command(ranks: int, arguments: list[str], own_flags: Sequence[str] = ()) -> list[str]:
     """The whole command line for ``ranks`` ranks of ``distfl arguments``."""
     flags = ["-n", str(ranks), "--bind-to", "none"]
@@ -131,13 +181,67 @@ def _rank_environment() -> dict[str, str]:
     return {variable: str(threads_per_rank()) for variable in ONE_THREAD} | allocator.environment()
 
 
-def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None, transport: str = "mpi", flags: Sequence[str] = ()) -> int:
+def _end_incomplete_start(process: subprocess.Popen, has_begun: Callable[[], bool]) -> None:
+    """Return once the ranks have met or mpirun has ended. Where MPI reports dead ranks, mpirun does not end the others if one dies
+    before MPI has started in all of them, and they would wait for it: they are ended here."""
+    seen: set[int] = set()
+    complete_at = time.monotonic()
+    while process.poll() is None and not has_begun():
+        seen |= (living := _ranks_of(process.pid))
+        if seen == living:
+            complete_at = time.monotonic()
+        elif time.monotonic() - complete_at > SECONDS_TO_END_TOGETHER:
+            say(f"{len(seen - living)} of the ranks ended before all had met: the others are ended, too")
+            process.terminate()
+            return
+        time.sleep(START_POLL_SECONDS)
+
+
+def _ranks_of(mpirun: int) -> set[int]:
+    """Processes of this host that mpirun has started as ranks."""
+    found = set()
+    with suppress(OSError):
+        for listing in Path(f"/proc/{mpirun}/task").glob("*/children"):
+            for child in listing.read_text().split():
+                with suppress(OSError):
+                    if f"\0{RANK_VARIABLES[0]}=".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                        found.add(int(child))
+    return found
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """Run ``distfl arguments`` in a process of its own and wait; Ctrl-C reaches it by itself, other signals are passed on.
+
+    Returns:
+        The exit code; 128 + the signal's number where one ended it.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "distfl", *arguments], stdin=subprocess.DEVNULL)
+    passed_on = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in passed_on}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def run_ranks(
+    ranks: int,
+    arguments: list[str],
+    stop: StopRequest | None = None,
+    transport: str = "mpi",
+    flags: Sequence[str] = (),
+    has_begun: Callable[[], bool] = lambda: True,
+) -> int:
     """Run ``distfl arguments`` on ``ranks`` ranks and wait; signals are passed on.
 
     Args:
         stop: the request that SIGUSR1 may have made already.
         transport: "torch" has torchrun start them, anything else mpirun.
         flags: more of mpirun's.
+        has_begun: whether the ranks have met; until then a rank of this host that dies ends the others.
 
     Returns:
         The exit code; 128 + the signal's number where SIGINT, SIGTERM or SIGHUP ended the ranks.
@@ -169,6 +273,7 @@ def run_ranks(ranks: int, arguments: list[str], stop: StopRequest | None = None,
         pass_on(signal.SIGUSR1)
     if ending:
         process.send_signal(ending[-1])
+    _end_incomplete_start(process, has_begun)
     code = process.wait()
     if ending and code not in (0, EXIT_REQUEUE):
         return 128 + ending[0]

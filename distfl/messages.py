@@ -96,7 +96,7 @@ class Assignment:
         return Assignment(**values | {"window": window, "recipe": Recipe(**values["recipe"])})
 
 
-Cause = Literal["over_cap", "not_finite", "bad_message", "no_window"]
+Cause = Literal["over_cap", "not_finite", "bad_message", "no_window", "rank_lost"]
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,48 @@ class ClientReport:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a rank lives: host, process id, and the namespace that this id belongs to."""
+
+    host: str
+    process: int
+    namespace: str
+
+    def shares_processes_with(self, other: Place) -> bool:
+        return (self.host, self.namespace) == (other.host, other.namespace)
+
+
+@dataclass(frozen=True)
 class RankStart:
     """How a rank came up: CPU seconds from its process's start until it was ready; the cap it proved, "" on the server."""
 
     cpu_seconds: float
     cap: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of ``faults.jsonl``: ranks that were lost, and what was done.
+
+    Args:
+        phase: what the server was doing when it learnt of it.
+        lost: [number at the start of the job, host, process id] of each rank.
+        hosted: clients that these ranks were training.
+        left_out: clients that are left out from now on, for two ranks were lost that were training them.
+        client_ranks: that live.
+        done: what is repeated.
+        seconds: of work that were lost, recovery included.
+    """
+
+    round: int
+    phase: str
+    lost: list[tuple[int, str, int]]
+    hosted: list[int]
+    left_out: list[int]
+    client_ranks: int
+    done: str
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import importlib
@@ -25,6 +24,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(listening: int, key: str) -> None:
     """Import once, fork ranks until none is left; returns in none of them."""
+    for number in _open_files().keys() - {0, 1, 2, listening}:
+        if os.get_inheritable(number):
+            os.close(number)  # inherited through its launcher, which is one of many
     listener = socket.socket(fileno=listening)
     parent = Parent(listener, key, _prepare())
     try:
@@ -43,6 +45,7 @@ def _prepare() -> str:
     try:
         for name in SHARED_IMPORTS:
             importlib.import_module(name)
+        _rehearse()
     except BaseException as error:  # a rank that is started plainly will say more
         return f"{type(error).__name__}: {error}"
     allocator.exact_allocator()  # its free blocks are shared, too, until one is used
@@ -50,16 +53,50 @@ def _prepare() -> str:
     gc.freeze()  # a collection in a rank would write to every object, and so copy it
     if len(os.listdir("/proc/self/task")) > 1:
         return "an import has started threads, which do not live in forked ranks"
-    if any(name.startswith("/dev/nvidia") for name in _open_files()):
+    if any(name.startswith("/dev/nvidia") for name in _open_files().values()):
         return "an import has opened the GPU, which forked ranks cannot use"
     return ""
 
 
-def _open_files() -> list[str]:
-    names = []
-    for number in os.listdir("/proc/self/fd"):
+def _rehearse() -> None:
+    """What every rank does first, once for all: what is made at the first use and lives on is shared then.
+
+    A backward pass looks for GPUs where PyTorch is built with CUDA; there a part of it stays each rank's own.
+    """
+    import torch
+
+    from distfl import settings
+    from distfl.cli import command_line
+    from distfl.config import TrainConfig
+    from distfl.hosting import rank_state, rehearse
+    from distfl.model import ModelSpec
+
+    command_line()
+    fleet = {"groups": [{"name": "", "memory_mb": 1, "count": 1}]}
+    config = settings.from_dict(TrainConfig, {"fleet": fleet, "training": {"steps": 1, "batch": 2, "learning_rate": 1.0}})
+    torch.set_num_threads(1)  # more of them would be started now, and not live in the ranks
+    state = rank_state(None, config, ModelSpec(2, 64, 2, 32, 512), _Shards())
+    if not torch.backends.cuda.is_built():
+        rehearse(state)
+
+
+class _Shards:
+    """A client's data that lies in no file."""
+
+    def train(self, client: int, context: int):
+        import numpy as np
+
+        from distfl.shards import TOKEN, Sequences
+
+        return Sequences(np.zeros(4 * context, TOKEN), context)
+
+
+def _open_files() -> dict[int, str]:
+    """Names of this process's open files, by descriptor."""
+    names = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
         try:
-            names.append(os.readlink(f"/proc/self/fd/{number}"))
+            names[number] = os.readlink(f"/proc/self/fd/{number}")
         except OSError:  # that of the listing itself
             pass
     return names
@@ -77,6 +114,7 @@ class Parent:
         self._launchers: dict[int, socket.socket] = {}  # by the process id of their ranks
         self._poll = select.poll()
         self._expected = self._served = 0
+        self._pid = os.getpid()
 
     def serve(self) -> Handed | None:
         """Fork ranks and watch them and their launchers.
@@ -117,14 +155,14 @@ class Parent:
         request, streams = handed
         self._expected = int(request["environment"].get(b"OMPI_COMM_WORLD_LOCAL_SIZE", b"0"))
         refused = self._forbidden or ("" if request["key"] == self._key else "their parent was started otherwise")
-        parent, rank = os.getpid(), 0
+        rank = 0
         if not refused:
             try:
-                rank = os.fork()
+                rank = self._fork(request["cores"])
             except OSError as error:
                 refused = str(error)
         if not refused and rank == 0:
-            _die_with(parent)
+            _die_with(self._pid)
             self._listener.close()
             for other in (launcher, *self._launchers.values()):
                 other.close()
@@ -139,6 +177,20 @@ class Parent:
         self._launchers[rank] = launcher
         self._poll.register(launcher.fileno(), select.POLLIN)
         return None
+
+    def _fork(self, cores: list[int]) -> int:
+        """Fork a rank that may run on its launcher's cores; where these are not ours to give (a group of its own) no rank."""
+        own = os.sched_getaffinity(0)
+        if cores == sorted(own):
+            return os.fork()
+        try:
+            os.sched_setaffinity(0, cores)
+            if sorted(os.sched_getaffinity(0)) != cores:
+                raise OSError("this rank has cores that its node's parent may not use")
+            return os.fork()
+        finally:
+            if os.getpid() == self._pid:
+                os.sched_setaffinity(0, own)
 
     def _hear(self, number: int) -> None:
         """A launcher passes a signal on, or has ended before its rank."""
@@ -219,13 +271,19 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     os.setpgid(0, 0)
-    os.environ.clear()
-    os.environb.update(request["environment"])
+    _take_environment(request["environment"])
     os.environ.update(allocator.environment())  # what the parent was started with
     sys.argv, sys.orig_argv = request["arguments"], request["original"]
     os.umask(request["umask"])
-    with contextlib.suppress(OSError):  # a core that this group may not use
-        os.sched_setaffinity(0, request["cores"])
+
+
+def _take_environment(wanted: dict[bytes, bytes]) -> None:
+    """Change only what differs from the parent's: pages that are not written to stay shared."""
+    for name in os.environb.keys() - wanted.keys():
+        del os.environb[name]
+    for name, value in wanted.items():
+        if os.environb.get(name) != value:
+            os.environb[name] = value
 
 
 def _open_streams() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from distfl import checkpoints
 from distfl.checkpoints import ServerState
 from distfl.errors import CheckpointError
 from distfl.fleet import Client
-from distfl.messages import ClientReport, RoundRecord, RoundResult
+from distfl.messages import ClientReport, Fault, RoundRecord, RoundResult
 from distfl.progress import Progress
 from distfl.run_folder import RunFolder
 
@@ -28,18 +31,28 @@ class Recorder:
             CheckpointError: the run folder took no more.
         """
         record, run = result.record, self._folder.config.run
-        try:
+        with self._writing(record.round):
             self._folder.append(result, self._clients)
             self._write_board(record, result.reports)
-        except OSError as error:
-            raise CheckpointError(
-                f"records of round {record.round} in {self._folder.path}",
-                f"{type(error).__name__}: {error}",
-                "make room or mend the folder, then continue with --resume",
-            ) from None
         if record.round % run.checkpoint_every == 0 or record.round == self._folder.config.rounds:
             self.checkpoint()
         self._progress.show(record, result.reports)
+
+    def fault(self, fault: Fault) -> None:
+        """Record what was lost (raises CheckpointError)."""
+        with self._writing(fault.round):
+            self._folder.append_fault(fault)
+
+    @contextmanager
+    def _writing(self, round: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"records of round {round} in {self._folder.path}",
+                f"{type(error).__name__}: {error}",
+                "make room or mend the folder, then continue with --resume",
+            ) from None
 
     def checkpoint(self) -> None:
         """Write a checkpoint, due or not."""

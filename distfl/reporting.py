@@ -10,8 +10,15 @@ from distfl import settings
 from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
 from distfl.fleet import MEGA
+from distfl.run_folder import FAULTS
 
-CAUSES = {"over_cap": "over their cap", "not_finite": "not finite", "bad_message": "with a bad message", "no_window": "without a window"}
+CAUSES = {
+    "over_cap": "over their cap",
+    "not_finite": "not finite",
+    "bad_message": "with a bad message",
+    "no_window": "without a window",
+    "rank_lost": "after their ranks were lost",
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Run:
     manifest: dict
     rounds: list[dict]
     clients: list[dict]
+    faults: list[dict]
 
     @property
     def evaluated(self) -> list[dict]:
@@ -35,9 +43,9 @@ def read_run(folder: Path) -> Run:
         lines = {
             name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("rounds.jsonl", "clients.jsonl")
         }
-        return Run(
-            folder, settings.load(TrainConfig, folder / "config.yaml"), json.loads((folder / "manifest.json").read_text()), *lines.values()
-        )
+        faults = (folder / FAULTS).read_text().splitlines() if (folder / FAULTS).exists() else []
+        config, manifest = settings.load(TrainConfig, folder / "config.yaml"), json.loads((folder / "manifest.json").read_text())
+        return Run(folder, config, manifest, *lines.values(), [json.loads(line) for line in faults])
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the run in {folder}", f"{type(error).__name__}: {error}", "name the folder of a run that has done at least one round"
@@ -70,6 +78,7 @@ def summary(run: Run) -> str:
             f"first distribution {_total(run, 'first_download_bytes')} MB",
             _planned_and_counted(run),
             *_left_out(run),
+            *_faults(run),
             "",
             table(rows),
         ]
@@ -99,6 +108,16 @@ def _left_out(run: Run) -> list[str]:
     if run.clients and not any(report["ok"] for report in run.clients):
         lines.append("WARNING: nothing was trained: no client's update was merged in any round; clients.jsonl has the reasons")
     return lines
+
+
+def _faults(run: Run) -> list[str]:
+    """Ranks that were lost while the others went on."""
+    return [
+        f"round {fault['round']}: lost "
+        + ", ".join(f"rank {number} ({host}, process {process})" for number, host, process in fault["lost"])
+        + f" while {fault['phase']}; {fault['done']}, client ranks left: {fault['client_ranks']}, {fault['seconds']:.1f} s lost"
+        for fault in run.faults
+    ]
 
 
 def _total(run: Run, key: str) -> str:

@@ -5,13 +5,18 @@ Every collective stands once in ``serve`` and its helpers and once in ``work`` a
     server                                    client rank
     introduce: config, shards      ------->   join
     prove: gather proofs           <-------   prove: of every budget it may host
+    order "train"                  ------->
     distribute: changed units      ------->   distribute
-    score: gather scores           <------>   score: both evaluate their share
     per wave: scatter assignments  ------->   host: train under the cap
               gather reports       <-------         predicted beside measured
               exchange.take        <-------         exchange.give: its window, unit by unit
                                               exchange.close: what ranks have added up
+    order "close"                  ------->
+    distribute, if it is scored    ------->   distribute
+    score: gather scores           <------>   score: both evaluate their share
+    gather ledgers                 <-------   what was counted in this round
 
+Each order can be given again when a rank was lost (``recovery.py``); round 0 has only the second.
 With more clients than client ranks a round has several waves. Sums run in client order, or in fixed point, whatever the
 number of ranks, so the merged model is the same, bit for bit (but for ``transport.sums=float``).
 """
@@ -19,31 +24,35 @@ number of ranks, so the merged model is the same, bit for bit (but for ``transpo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distfl import settings
+from distfl.allocator import collect_garbage
 from distfl.caps.base import MemoryCap
 from distfl.caps.choice import make_cap
 from distfl.caps.process import Peak
 from distfl.checkpoints import ServerState
 from distfl.config import TrainConfig
-from distfl.errors import DistflError, StartError
+from distfl.errors import DistflError, RankLost, StartError
 from distfl.exchange import Exchange, MeanOf, make_exchange
 from distfl.fleet import participants, waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
-from distfl.messages import Assignment, ClientReport, RankStart, RoundRecord, RoundResult, Score
-from distfl.methods.base import build_model
-from distfl.model import ModelSpec
+from distfl.messages import Assignment, ClientReport, Fault, Place, RankStart, RoundResult, Score
+from distfl.model import ModelSpec, filled
+from distfl.recovery import REPEAT, BeforeMerge, Recovery, lost_ranks, own_place
+from distfl.results import NOBODY, Merged, download_of, record_of, sent_when_changed, sits_out
 from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import ShardIndex
 from distfl.training import evaluate
-from distfl.transport.base import WORD, Transport, pack
+from distfl.transport.base import WORD, Dismissed, Transport
 from distfl.units import Unit
 
 if TYPE_CHECKING:
     from distfl.jobs import Job  # client ranks prepare nothing
+
+T = TypeVar("T")
 
 
 # --- introduction and proof ------------------------------------------------------------------
@@ -71,13 +80,14 @@ def introduce(job: Job, state: RankState) -> list[RankStart]:
         },
         "start",
     )
-    ready = transport.gather({"cpu_seconds": time.process_time(), "cap": "", "failure": None}, "start")
+    own = {"cpu_seconds": time.process_time(), "cap": "", "place": asdict(own_place()), "failure": None}
+    ready = transport.gather(own, "start")
     failed = {rank: message["failure"] for rank, message in enumerate(ready) if message["failure"]}
     transport.broadcast_value(not failed, "start")
     if failed:
         rank, (kind, asked, found, change) = next(iter(failed.items()))
         raise StartError(f"{asked} (rank {rank}, the first of {sorted(failed)} that fail)", f"{kind}: {found}", change)
-    return [RankStart(round(message["cpu_seconds"], 3), message["cap"]) for message in ready]
+    return [RankStart(round(message["cpu_seconds"], 3), message["cap"], Place(**message["place"])) for message in ready]
 
 
 def refuse(transport: Transport) -> None:
@@ -94,6 +104,7 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
     state = rank_state(transport, config, ModelSpec(**message["spec"]), ShardIndex.from_json(message["shards"]))
     failure, cap = None, None
     try:
+        lost_ranks(config.faults, transport)  # refuses what it cannot be
         if state.residuals:
             state.residuals.check(message["mark"])
         cap = make_cap(config.memory.enforce)
@@ -110,26 +121,39 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
             str(error),
             "set data.cache to a folder that all nodes see",
         ]
-    transport.gather({"cpu_seconds": time.process_time(), "cap": cap.name if cap else "", "failure": failure}, "start")
+    own = {"cpu_seconds": time.process_time(), "cap": cap.name if cap else "", "place": asdict(own_place()), "failure": failure}
+    transport.gather(own, "start")
     return (state, cap) if transport.broadcast_value(purpose="start") else None
 
 
 # --- the server's half -----------------------------------------------------------------------
 
 
-def serve(job: Job, state: RankState, server: ServerState, record: Callable[[RoundResult], None], should_stop: Callable[[], bool]) -> bool:
+def serve(
+    job: Job,
+    state: RankState,
+    server: ServerState,
+    ranks: list[RankStart],
+    record: Callable[[RoundResult], None],
+    record_fault: Callable[[Fault], None],
+    should_stop: Callable[[], bool],
+) -> bool:
     """Server: run rounds until the last, or until ``should_stop``; calls ``record`` after each. Round 0 trains nobody.
+
+    Args:
+        ranks: how they came up.
+        record_fault: called as soon as ranks are lost and the others go on.
 
     Returns:
         True if the last round is done, False if stopped early.
     """
     optimizer = ServerOptimizer(job.config.server)
     optimizer.state = server.optimizer
+    recovery = Recovery(state, optimizer, ranks, record_fault)
     for round in range(server.round + 1, job.config.rounds + 1):
         if should_stop():
             break
-        state.transport.broadcast_value({"round": round})
-        result = _serve_round(job, state, server, optimizer, round) if round else _serve_round_zero(job, state)
+        result = _serve_round(job, state, server, optimizer, recovery, round)
         server.round = round
         record(result)
     return server.round == job.config.rounds
@@ -137,38 +161,63 @@ def serve(job: Job, state: RankState, server: ServerState, record: Callable[[Rou
 
 def dismiss(transport: Transport, finished: bool) -> None:
     """Server: let the client ranks end, once all that matters is on disk: mpirun may kill what still runs after a rank's end."""
-    transport.broadcast_value({"round": None, "finished": finished})
+    try:
+        transport.broadcast_value({"order": "end", "finished": finished})
+    except RankLost:
+        if not transport.recovers:
+            raise
+    transport.part(finished)
 
 
-def _serve_round_zero(job: Job, state: RankState) -> RoundResult:
-    """The pretrained model, scored before any training; what its distribution moved on this cluster stands here, apart from all rounds."""
-    began = time.monotonic()
-    _distribute_from_server(state)
-    score = _score_on_server(job, state)
-    record = _record(0, None, score, [], [], {}, {}, {}, time.monotonic() - began)
-    return RoundResult(
-        record, [], {"round": 0, "payload": {}, "layout": [], "mpi": state.transport.gather(state.transport.ledger.take(), "ledgers")}
-    )
+def _serve_round(
+    job: Job, state: RankState, server: ServerState, optimizer: ServerOptimizer, recovery: Recovery, round: int
+) -> RoundResult:
+    """One round; of round 0, which scores the pretrained model, what its distribution moved stands there, apart."""
+    began, merged = time.monotonic(), NOBODY
+    if round:
+
+        def train(before_merge: BeforeMerge) -> Merged:
+            return _serve_training(job, state, server, optimizer, recovery, round, before_merge)
+
+        merged = recovery.repeated(round, f"round {round} is repeated", train)
+        _take_over(state, server, merged)
+    scored = round % job.config.evaluation.every == 0 or round == job.config.rounds
+    score, ledgers = recovery.repeated(round, f"the end of round {round} is repeated", lambda _: _serve_closing(job, state, round, scored))
+    record = record_of(round, merged, score, time.monotonic() - began)
+    return RoundResult(record, merged.reports, {"round": round} | merged.traffic | {"mpi": ledgers})
 
 
-def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: ServerOptimizer, round: int) -> RoundResult:
-    began, transport, config = time.monotonic(), state.transport, job.config
+def _serve_training(
+    job: Job,
+    state: RankState,
+    server: ServerState,
+    optimizer: ServerOptimizer,
+    recovery: Recovery,
+    round: int,
+    before_merge: BeforeMerge,
+) -> Merged:
+    """Train and merge. Besides the merged units nothing of the server's state changes here: it may have to be done again."""
+    transport, config = state.transport, job.config
+    transport.broadcast_value({"order": "train", "round": round})
     chosen = participants(job.clients, config.fleet.participants, config.seed, round)
     workload = job.workload(round)
     planned = job.method.plan(round, chosen, workload, server.limits)
-    active = [assignment for assignment in planned if assignment.window is not None]
+    lost = [assignment for assignment in planned if assignment.client in recovery.left_out]
+    active = [assignment for assignment in planned if assignment.window is not None and assignment not in lost]
     _distribute_from_server(state)
-    downloads = {assignment.client: _downloads(state, server, assignment) for assignment in active}
+    downloads = {assignment.client: download_of(state, server, assignment) for assignment in active}
     waves, weight = waves_of(len(active), transport.size - 1), sum(assignment.weight for assignment in planned)
     transport.broadcast_value({"waves": len(waves), "weight": weight})
     exchange, merging = make_exchange(state, weight), Peak()
     reports, uploads, contributors, changed = [], {}, dict.fromkeys((unit.name for unit in state.table.trainable), 0), set()
     for number, wave in enumerate(waves):
         hosted = [active[position] for position in wave]
+        recovery.hosting([assignment.client for assignment in hosted])
         of_wave, words, by_element = _serve_wave(state, hosted)
+        recovery.hosting([])
         with merging.watched():
             for unit, mean in exchange.take(hosted, words, by_element, last=number == len(waves) - 1):
-                changed |= _finish(state, optimizer, unit, mean)
+                changed |= _finish(state, optimizer, unit, mean, before_merge)
         reports += map(exchange.judged, of_wave)
         for assignment, of_client in zip(hosted, words):
             sent = {unit: length * WORD.itemsize for unit, length in zip(state.table.trainable, of_client) if length}
@@ -176,30 +225,40 @@ def _serve_round(job: Job, state: RankState, server: ServerState, optimizer: Ser
                 contributors[unit.name] += exchange.took(assignment.client, unit.index)
             if sent:
                 uploads[assignment.client] = {unit.name: bytes_ for unit, bytes_ in sent.items()}
-    for assignment, report in zip(active, reports):
-        server.now_holds(assignment.client, assignment.window.units)
-        if report.cause == "over_cap":
-            server.limits[assignment.client] = report.blocks - 1
-    for unit in changed:
-        state.replica.versions[unit] += 1
-    reports += [_sits_out(a) for a in planned if a.window is None]
-    score = (None, {})
-    if round % config.evaluation.every == 0 or round == config.rounds:
-        transport.broadcast_value(True)
-        _distribute_from_server(state)
-        score = _score_on_server(job, state)
-    else:
-        transport.broadcast_value(False)
-    record = _record(round, workload.learning_rate, score, planned, reports, uploads, downloads, contributors, time.monotonic() - began)
+    reports += [sits_out(a, "rank_lost", "ranks were lost twice while training it") for a in lost]
+    no_window = [a for a in planned if a.window is None and a not in lost]
+    reports += [sits_out(a, "no_window", "no window fits its budget, or none that it did not overrun before") for a in no_window]
     payload = {
         "up": {str(client): units for client, units in uploads.items()},
         "down": {str(client): sent for client, sent in downloads.items()},
         "windows": {str(assignment.client): [assignment.window.first, assignment.window.last] for assignment in active},
         "changed": [state.table[unit].name for unit in sorted(changed)],
-        "held": {str(assignment.client): _sent_when_changed(state, assignment) for assignment in active if assignment.detail},
+        "held": {str(assignment.client): sent_when_changed(state, assignment) for assignment in active if assignment.detail},
     }
-    traffic = {"round": round, "payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
-    return RoundResult(record, reports, traffic | {"mpi": transport.gather(transport.ledger.take(), "ledgers")})
+    traffic = {"payload": payload, "layout": exchange.layout, "merge_peak_bytes": merging.bytes}
+    return Merged(planned, reports, downloads, uploads, contributors, sorted(changed), workload.learning_rate, traffic)
+
+
+def _take_over(state: RankState, server: ServerState, merged: Merged) -> None:
+    """The round's training is done: what the server remembers of it."""
+    windows = {assignment.client: assignment.window for assignment in merged.planned}
+    for report in merged.reports:
+        if report.client in merged.downloads:
+            server.now_holds(report.client, windows[report.client].units)
+        if report.cause == "over_cap":
+            server.limits[report.client] = report.blocks - 1
+    for unit in merged.changed:
+        state.replica.versions[unit] += 1
+
+
+def _serve_closing(job: Job, state: RankState, round: int, scored: bool) -> tuple[tuple, list[dict]]:
+    """The end of a round: total score and groups' scores (None and nothing where it is not scored), and all ranks' ledgers."""
+    state.transport.broadcast_value({"order": "close", "round": round, "scored": scored})
+    score = (None, {})
+    if scored:
+        _distribute_from_server(state)
+        score = _score_on_server(job, state)
+    return score, state.transport.gather(state.transport.ledger.of_round(round), "ledgers")
 
 
 def _serve_wave(state: RankState, hosted: list[Assignment]) -> tuple[list[ClientReport], list[list[int]], set[int]]:
@@ -216,13 +275,15 @@ def _serve_wave(state: RankState, hosted: list[Assignment]) -> tuple[list[Client
     return reports, [message["words"] for message in messages], {unit for message in messages for unit in message["by_element"]}
 
 
-def _finish(state: RankState, optimizer: ServerOptimizer, unit: Unit, mean_of: MeanOf) -> set[int]:
+def _finish(state: RankState, optimizer: ServerOptimizer, unit: Unit, mean_of: MeanOf, before_merge: BeforeMerge) -> set[int]:
     """Put the new tensors that come of one unit's means in place; returns the units they lie in."""
     shared, changed = state.replica.tensors, set()
     lifted = state.method.lifted(unit, shared)
     for name, tensor in state.method.finish(unit, shared, lambda name: mean_of(name, lifted[name])):
+        place = state.table.place[name]
+        before_merge(state.table[place])
         shared[name].copy_(optimizer.step(name, shared[name], tensor))
-        changed.add(state.table.place[name])
+        changed.add(place)
     return changed
 
 
@@ -245,93 +306,40 @@ def _score_on_server(job: Job, state: RankState) -> tuple[Score, dict[str, dict[
     return total, {group: {"loss": score.loss, "accuracy": score.accuracy} for group, score in by_group.items()}
 
 
-def _downloads(state: RankState, server: ServerState, assignment: Assignment) -> dict[str, int]:
-    """Bytes that this client, were it deployed, is sent in this round: unit name -> bytes for units newer than its copy,
-    "assignment", or, if it never took part before, the whole model as "first"."""
-    copy, message = server.copies.get(assignment.client), {"assignment": pack(assignment.to_json()).nbytes}
-    sent = _sent_when_changed(state, assignment)
-    if copy is None:
-        return message | {"first": sum(sent.values())}
-    stale = [unit.name for unit in state.table if copy[unit.index] != state.replica.versions[unit.index]]
-    return message | {name: sent[name] for name in stale if name in sent}
-
-
-def _sent_when_changed(state: RankState, assignment: Assignment) -> dict[str, int]:
-    """Unit name -> bytes that this client is sent of it; units it holds nothing of are not named."""
-    sent = {unit.name: sum(state.method.sent_down(unit, assignment.detail).values()) for unit in state.table}
-    return {name: bytes_ for name, bytes_ in sent.items() if bytes_}
-
-
-def _sits_out(assignment: Assignment) -> ClientReport:
-    return ClientReport(
-        round=assignment.round,
-        client=assignment.client,
-        ok=False,
-        cause="no_window",
-        reason="no window fits its budget, or none that it did not overrun before",
-        blocks=0,
-        samples=0,
-        loss=None,
-        memory_bytes=assignment.memory_bytes,
-        predicted_peak_bytes=0,
-        measured_peak_bytes=0,
-        predicted_upload_bytes=0,
-        upload_bytes=0,
-        predicted_flops=0,
-        flops=0,
-        seconds=0.0,
-    )
-
-
-def _record(
-    round: int,
-    rate: float | None,
-    score: tuple,
-    planned: list[Assignment],
-    reports: list[ClientReport],
-    uploads: dict[int, dict[str, int]],
-    downloads: dict[int, dict[str, int]],
-    contributors: dict[str, int],
-    seconds: float,
-) -> RoundRecord:
-    total, groups = score
-    losses = [report.loss for report in reports if report.ok and report.loss is not None]
-    shares = [report.measured_peak_bytes / report.memory_bytes for report in reports if report.blocks]
-    return RoundRecord(
-        round=round,
-        train_loss=sum(losses) / len(losses) if losses else None,
-        test_loss=total and total.loss,
-        test_accuracy=total and total.accuracy,
-        groups=groups,
-        taking_part=len(planned),
-        merged=sum(report.ok for report in reports),
-        upload_bytes=sum(sum(units.values()) for units in uploads.values()),
-        download_bytes=sum(bytes_ for sent in downloads.values() for name, bytes_ in sent.items() if name != "first"),
-        first_download_bytes=sum(sent.get("first", 0) for sent in downloads.values()),
-        flops=sum(report.flops for report in reports),
-        peak_share=max(shares, default=None),
-        contributors=contributors,
-        learning_rate=rate,
-        seconds=seconds,
-    )
-
-
 # --- the client ranks' half ------------------------------------------------------------------
 
 
 def work(state: RankState, cap: MemoryCap) -> bool:
     """Client rank: take part in rounds until the server ends them. Returns whether the run is finished."""
-    while (order := state.transport.broadcast_value())["round"] is not None:
-        if order["round"] == 0:
-            _distribute_to_client(state)
-            state.transport.gather(_own_scores(state), "scores")
-        else:
-            _work_round(state, cap)
-        state.transport.gather(state.transport.ledger.take(), "ledgers")
-    return order["finished"]
+    transport, goes_on = state.transport, lost_ranks(state.config.faults, state.transport) == REPEAT
+    try:
+        while (finished := _follow_order(state, cap, goes_on)) is None:
+            pass
+        transport.part(finished)
+        return finished
+    except Dismissed as dismissed:
+        return dismissed.finished
 
 
-def _work_round(state: RankState, cap: MemoryCap) -> None:
+def _follow_order(state: RankState, cap: MemoryCap, goes_on: bool) -> bool | None:
+    """One order, or its part until a rank is lost; once the run ends, whether it is finished."""
+    try:
+        order = state.transport.broadcast_value()
+        if order["order"] == "train":
+            _work_training(state, cap)
+        elif order["order"] == "close":
+            _work_closing(state, order["round"], order["scored"])
+        return order.get("finished")
+    except RankLost:
+        if not goes_on:
+            raise
+    state.transport.recover()
+    state.replica.renew_spoilt()
+    collect_garbage()
+    return None
+
+
+def _work_training(state: RankState, cap: MemoryCap) -> None:
     transport = state.transport
     _distribute_to_client(state)
     order = transport.broadcast_value()
@@ -345,14 +353,18 @@ def _work_round(state: RankState, cap: MemoryCap) -> None:
             _host(state, cap, exchange, Assignment.from_json(assignment))
     if order["waves"]:
         exchange.close()
-    if transport.broadcast_value():
+
+
+def _work_closing(state: RankState, round: int, scored: bool) -> None:
+    if scored:
         _distribute_to_client(state)
-        transport.gather(_own_scores(state), "scores")
+        state.transport.gather(_own_scores(state), "scores")
+    state.transport.gather(state.transport.ledger.of_round(round), "ledgers")
 
 
 def _host(state: RankState, cap: MemoryCap, exchange: Exchange, assignment: Assignment) -> None:
     """One client's round under its cap, then its report and its update."""
-    blocks, report = host(state, cap, assignment, exchange.keep)
+    blocks, report = host(state, cap, assignment, exchange.keep, state.transport.attend)
     words = [len(block) for block in blocks]
     state.transport.gather({"report": asdict(report), "words": words, "by_element": exchange.by_element()}, "reports")
     exchange.give(blocks)
@@ -361,6 +373,7 @@ def _host(state: RankState, cap: MemoryCap, exchange: Exchange, assignment: Assi
 def _distribute_to_client(state: RankState) -> None:
     state.transport.gather(state.replica.versions, "versions")
     message = state.transport.broadcast_value(purpose="versions")
+    state.replica.spoil(message["units"])
     state.transport.broadcast([state.replica.buffers[unit] for unit in message["units"]], "units")
     state.replica.versions = message["versions"]
 
@@ -377,9 +390,16 @@ def _own_scores(state: RankState) -> list[tuple[int, list]]:
         load[rank] += state.shards.shards[client].test_tokens
         if rank == state.transport.rank:
             mine.append(client)
-    model = build_model(state.method, state.spec, state.replica.tensors)
+    model = filled(state.structure, state.replica.tensors)
     scores = []
     for client in mine:
-        score = evaluate(model, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch))
+        score = evaluate(model, _attended(state, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch)))
         scores.append((client, [score.loss_sum, score.correct, score.tokens]))
     return scores
+
+
+def _attended(state: RankState, batches: Iterator[T]) -> Iterator[T]:
+    """Between two batches the rank answers the server."""
+    for batch in batches:
+        state.transport.attend()
+        yield batch

@@ -30,10 +30,11 @@ from distfl.files import sha256, write_atomically, write_json
 if TYPE_CHECKING:
     from distfl.fleet import Client
     from distfl.jobs import Job
-    from distfl.messages import RankStart, RoundResult
+    from distfl.messages import Fault, RankStart, RoundResult
     from distfl.transport.base import Transport
 
 LINES = ("rounds.jsonl", "clients.jsonl", "traffic.jsonl")
+FAULTS = "faults.jsonl"  # there only if something was lost; never cut back: it says what happened, not where the run is
 LOCK = ".lock"
 RESIDUALS = "residuals"  # see residuals.py
 
@@ -47,7 +48,7 @@ def _deciding(config: TrainConfig) -> dict:
     """The settings that decide the result; a resumed run may have others of the rest."""
     values = settings.to_dict(config)
     transport = {f"transport.{key}": value for key, value in values.pop("transport").items() if key != "name"}
-    return {key: value for key, value in values.items() if key not in ("run", "launch")} | transport
+    return {key: value for key, value in values.items() if key not in ("run", "launch", "faults")} | transport
 
 
 def _origin(job: Job) -> dict:
@@ -137,7 +138,7 @@ class RunFolder:
             raise CheckpointError(
                 f"--resume of {self.path}", "no run lies there (no config.yaml)", "start without --resume, or name the right run.folder"
             )
-        if (self.path / "finished").exists():
+        if self.is_finished:
             raise CheckpointError(
                 f"--resume of {self.path}",
                 "this run is finished; its number of rounds is part of its learning rate schedule and cannot be changed",
@@ -155,6 +156,17 @@ class RunFolder:
                 f"rounds up to {recorded} are recorded, but there is no checkpoint to continue from",
                 "restore its checkpoints, or start anew in another run.folder",
             )
+
+    def begun_at(self) -> int | None:
+        """When the run was begun or resumed last, once all ranks had proven what they must, in ns; None where it never was."""
+        try:
+            return (self.path / "manifest.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "finished").exists()
 
     def last_checkpoint(self) -> int | None:
         """The round of the newest checkpoint, whole or damaged; None where there is none."""
@@ -185,8 +197,12 @@ class RunFolder:
                 "restore what it began with",
             )
 
-    def begin(self, job: Job, transport: Transport, ranks: list[RankStart], resumed_at: int | None) -> None:
-        """Write config and manifest; of a resumed run, cut the line files back to the checkpoint that is continued from."""
+    def begin(self, job: Job, transport: Transport, ranks: list[RankStart], lost_ranks: str, resumed_at: int | None) -> None:
+        """Write config and manifest; of a resumed run, cut the line files back to the checkpoint that is continued from.
+
+        Args:
+            lost_ranks: what becomes of the run when a rank dies.
+        """
         manifest_file, starts = self.path / "manifest.json", []
         if resumed_at is not None:
             starts = json.loads(manifest_file.read_text())["starts"]
@@ -207,6 +223,8 @@ class RunFolder:
             "collective_reason": job.collective_reason,
             "memory_enforced_by": " and ".join(sorted({rank.cap for rank in ranks if rank.cap})),
             "start_up_cpu_seconds_by_rank": [rank.cpu_seconds for rank in ranks],
+            "place_by_rank": [[rank.place.host, rank.place.process] for rank in ranks],
+            "lost_ranks": lost_ranks,
         }
         groups = {client.name: client.group for client in job.clients}
         table, units = job.workload(1).costs.table, {}
@@ -225,16 +243,23 @@ class RunFolder:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["round"] <= last_round]
         write_atomically(path, "".join(line + "\n" for line in kept))
 
+    def append_fault(self, fault: Fault) -> None:
+        """Add what was lost just now; it is on disk when this returns."""
+        self._append(FAULTS, [asdict(fault)])
+
     def append(self, result: RoundResult, clients: list[Client]) -> None:
         """Add one round's lines; they are on disk when this returns."""
         reports = [
             asdict(report) | {"name": clients[report.client].name, "group": clients[report.client].group} for report in result.reports
         ]
         for name, records in zip(LINES, ([asdict(result.record)], reports, [result.traffic])):
-            with open(self.path / name, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
+            self._append(name, records)
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        with open(self.path / name, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Write the mark; nothing is written after it. What only a resumed run would need goes."""

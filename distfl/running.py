@@ -24,9 +24,10 @@ from distfl.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_REQUEUE, ConfigEr
 from distfl.files import write_atomically, write_json
 from distfl.hosting import RankState, rank_state
 from distfl.launching import launched_rank, launcher, say, threads_per_rank
-from distfl.messages import Score
+from distfl.messages import RankStart, Score
 from distfl.methods.base import Method, build_model, load_method, table_of
 from distfl.model import ModelSpec
+from distfl.recovery import ABORT, REPEAT, lost_ranks
 from distfl.rounds import dismiss, introduce, join, refuse, serve, work
 from distfl.signals import StopRequest
 from distfl.transport.base import Transport
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
     from distfl.jobs import Job
     from distfl.run_folder import RunFolder
 
+WHAT_BECOMES = {
+    REPEAT: "MPI reports dead ranks (ULFM): the round is repeated without them",
+    ABORT: "a rank that dies ends the job; continue with --resume",
+}
 LAUNCHER_SECONDS = 5  # in which a launcher that saw a rank fail ends the others
+TURN_SECONDS, LAST_TURN = 0.3, 15  # of each living rank to end the others, by rank
 
 
 def run_locally(options: argparse.Namespace, stop: StopRequest) -> int:
@@ -87,8 +93,9 @@ def _launched_transport(smallest: int, backend: str = "auto") -> Transport:
 
 
 def _end_after_loss(transport: Transport, error: RankLost) -> NoReturn:
-    """Whoever ended first has said why and ends the job: this rank speaks only where no launcher sees to it."""
-    time.sleep(LAUNCHER_SECONDS)
+    """Whoever ended first has said why and ends the job: this rank speaks only where no launcher sees to it. Where the launcher
+    lets the others go on, the first living rank speaks and ends them."""
+    time.sleep(min(transport.rank, LAST_TURN) * TURN_SECONDS if transport.recovers else LAUNCHER_SECONDS)
     print(f"distfl: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
     transport.abort(1)
 
@@ -148,8 +155,11 @@ def _run_server(transport: Transport, options: argparse.Namespace, stop: StopReq
             say(f"depth {job.selection.depth}, {len(job.clients)} clients; proving the memory caps")
             introduced = True
             ranks = introduce(job, state)
-            folder.begin(job, transport, ranks, server.round if options.resume else None)
-            return _serve_to_the_end(job, state, server, folder, stop)
+            losses = lost_ranks(job.config.faults, transport)
+            if transport.name != "local":
+                say(f"faults: {WHAT_BECOMES[losses]}")
+            folder.begin(job, transport, ranks, losses, server.round if options.resume else None)
+            return _serve_to_the_end(job, state, server, ranks, folder, stop)
     except RankLost as error:
         _end_after_loss(transport, error)
     except DistflError as error:
@@ -188,7 +198,7 @@ def _server_state(job: Job, state: RankState, folder: RunFolder, resume: bool) -
     return ServerState(-1, state.replica)
 
 
-def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: RunFolder, stop: StopRequest) -> int:
+def _serve_to_the_end(job: Job, state: RankState, server: ServerState, ranks: list[RankStart], folder: RunFolder, stop: StopRequest) -> int:
     """All rounds, then table and picture, then the mark."""
     from distfl import reporting
     from distfl.recording import Recorder
@@ -196,7 +206,7 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, folder: R
     recorder = Recorder(folder, server, job.clients)
     if server.round < 0 and not stop():
         say("scoring the pretrained model")
-    finished = serve(job, state, server, recorder, stop)
+    finished = serve(job, state, server, ranks, recorder, recorder.fault, stop)
     if not finished and server.round >= 0:
         recorder.checkpoint()  # it may not have been due
     recorder.close()

@@ -27,6 +27,10 @@ class ServerOptimizer:
         kind = self.config.optimizer
         return new if kind == "average" else self._momentum(name, old, new) if kind == "momentum" else self._adam(name, old, new)
 
+    def states_of(self, name: str) -> dict[str, Tensor]:
+        """What is kept for one tensor, by name."""
+        return {key: tensor for key, tensor in self.state.items() if key.partition("/")[2] == name}
+
     def _momentum(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         velocity = self._state(f"velocity/{name}", old).mul_(self.config.momentum).add_(new - old)
         return old + self.rate * velocity

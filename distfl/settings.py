@@ -11,6 +11,7 @@ import math
 import os
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -162,7 +163,7 @@ def _section(kind: Any, values: Any, key: str) -> Any:
         raise ConfigError(
             key or "config", f"{_said(type(values))} where keys are needed", f"write keys of {kind.__name__} below {key or 'the top'}"
         )
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for name in values:
         if name not in hints:
             where = f"{key}.{name}" if key else str(name)
@@ -173,6 +174,12 @@ def _section(kind: Any, values: Any, key: str) -> Any:
         if needed and entry.name not in converted:
             raise ConfigError(f"section {key or 'config'}", f"the key {entry.name} is missing", f"add {entry.name}")
     return kind(**converted)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a section's keys: evaluated once, for all ranks that are forked from this process."""
+    return typing.get_type_hints(kind)
 
 
 def _said(kind: type) -> str:

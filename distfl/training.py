@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +94,13 @@ def train(
     Raises:
         NotFinite: the loss is not a number.
     """
+    plan = batches(config, len(data), seed, assignment.round, assignment.client)
+    if (first := next(plan, None)) is None:
+        return Trained(0, 0, 0, None)
     step = _Step(model, parameters, config, assignment, prefix, len(data))
     total, steps, sequences = 0.0, 0, 0
     with one_heap():
-        for rows in batches(config, len(data), seed, assignment.round, assignment.client):
+        for rows in chain([first], plan):
             loss = step(rows, *data.batch(rows))
             steps, sequences, total = steps + 1, sequences + len(rows), total + loss
             if not math.isfinite(loss):
@@ -110,7 +114,7 @@ def train(
     context = data.context
     flops = sequences * context * costs.window_flops(assignment.window, assignment.recipe)
     flops += context * sum(count * costs.prefix_flops(units) for units, count in prefix.computed.items())
-    return Trained(steps, sequences, flops, total / steps if steps else None)
+    return Trained(steps, sequences, flops, total / steps)
 
 
 class _Step:

@@ -469,7 +469,7 @@ class Pretended(MemoryCap):
     def __init__(self, name: str, proven: bool):
         self.name, self.proven, self.budgets = name, proven, []
 
-    def run(self, budget_bytes, work, charged_bytes=0, settle=None):
+    def run(self, budget_bytes, work, charged_bytes=0, settle=None, attend=None):
         raise AssertionError("only proven here")
 
     def prove(self, budget_bytes: int) -> None:

@@ -55,6 +55,7 @@ def decoding(monkeypatch):
         return state.sent[int(block[0])][unit.index]
 
     monkeypatch.setattr(exchange, "decode_update", decode)
+    monkeypatch.setattr(exchange, "check_update", decode)
 
 
 def order(client: int, weight: float) -> Assignment:
@@ -237,7 +238,7 @@ def test_from_a_garbled_block_on_a_client_is_left_out_and_named(bad, waves):
     class Server:
         size = 4
 
-        def start_gather(self, block, purpose, words):
+        def start_gather(self, block, purpose, words, room):
             unit = next(units)
             of_wave = [np.array([client, (client, unit) == (1, bad)], WORD) for client in wave]
             return Arrived([NOTHING, *of_wave])
@@ -265,7 +266,7 @@ def test_a_unit_whose_only_block_is_garbled_stays_as_it_was():
     class Server:
         size = 2
 
-        def start_gather(self, block, purpose, words):
+        def start_gather(self, block, purpose, words, room):
             return Arrived([NOTHING, np.array([0, 1], WORD) if words[1] else NOTHING])
 
     mine = Gather(state_of([whole(0, 2)], transport=Server()), 1.0)

@@ -51,7 +51,7 @@ class Told(MemoryCap):
     def __init__(self, peak_bytes: int = 0, killed: str = ""):
         self.peak_bytes, self.killed, self.told = peak_bytes, killed, []
 
-    def run(self, budget_bytes, work, charged_bytes=0, settle=None):
+    def run(self, budget_bytes, work, charged_bytes=0, settle=None, attend=None):
         self.told.append((budget_bytes, charged_bytes))
         settle()
         outcome = work()

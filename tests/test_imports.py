@@ -17,7 +17,7 @@ ORDER = """
     errors signals seeds files allocator forking parent settings config launching torchrun starting run_folder links
     model units shards corpora partition family huggingface optimizers replica
     frozen recipes messages
-    transport.base checksums transport.local transport.mpi transport.torch_dist
+    transport.base checksums transport.local transport.control transport.mpi transport.torch_dist
     codecs.base codecs.bf16 codecs.int8 codecs.*
     encoding updates residuals
     costs fleet planner lora
@@ -26,8 +26,8 @@ ORDER = """
     methods.base methods.fedavg methods.lora methods.*
     aggregation server_optimizer checkpoints
     hosting exchange calibration
-    rounds
-    pretrain reporting audit scaling jobs plans progress recording running
+    recovery results rounds
+    pretrain reporting audit scaling jobs plans progress recording comparison standings comparison_pictures running
     doctor cli __main__
 """
 
@@ -98,7 +98,7 @@ def everything(path: Path) -> set[str]:
 
 def test_only_the_mpi_transport_imports_mpi4py():
     using = [module for module, path in FILES.items() if any(name.split(".")[0] == "mpi4py" for name in everything(path))]
-    assert using == ["distfl.transport.mpi"]
+    assert using == ["distfl.transport.control", "distfl.transport.mpi"]
 
 
 def test_only_the_torch_transport_and_its_launcher_import_torch_distributed():

@@ -16,8 +16,8 @@ from helpers import merge, same_bits, tokens
 from live_bytes import LiveBytes
 
 from distfl import costs as costs_module
-from distfl import hosting, lora, methods
-from distfl.aggregation import FixedPointMean
+from distfl import hosting, lora, methods, rounds
+from distfl.aggregation import FixedPointMean, UnitMean
 from distfl.calibration import Case, rank_of
 from distfl.caps.rlimit import Report
 from distfl.config import (
@@ -27,6 +27,7 @@ from distfl.config import (
     MemoryConfig,
     MethodConfig,
     RunConfig,
+    ServerConfig,
     TrainConfig,
     TrainingConfig,
     TransportConfig,
@@ -39,6 +40,8 @@ from distfl.methods.base import Workload, build_model, load_method, table_of, wo
 from distfl.model import IGNORED_TARGET, ModelSpec, from_tensors, initial_tensors
 from distfl.planner import fits
 from distfl.recipes import Recipe
+from distfl.recovery import Undo
+from distfl.server_optimizer import ServerOptimizer
 from distfl.shards import TOKEN, Shard, ShardIndex
 from distfl.steps import add_gradients
 from distfl.transport.local import group
@@ -394,6 +397,27 @@ def test_partial_sums_of_ranks_say_the_same(name, options):
         new |= dict(method.finish(unit, old, mean_of))
     for n, tensor in method.deployed(new).items():
         torch.testing.assert_close(tensor, method.deployed(exact)[n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_a_merged_round_can_be_taken_back(name, options, rank):
+    """Also what a method changes in units that nobody sends."""
+    state, plan = rank(name, options, smallest=False)
+    old, total = state.replica.copy(), sum(assignment.weight for assignment in plan)
+    optimizer = ServerOptimizer(ServerConfig(optimizer="adam"))
+    undo, changed = Undo(state, optimizer), set()
+    updates = [(order, trained(state.method, old, order, order.client)) for order in plan]
+    for unit in state.table.trainable:
+        if unit.tensors and unit.index in plan[0].window:
+            mean = UnitMean(state.method.mean_unit(unit))
+            for order, tensors in updates:
+                mean.add(state.method.restore(state.method.collect(tensors, order, unit), order))
+            changed |= rounds._finish(state, optimizer, unit, partial(mean.mean, round_weight=total), undo.keep)
+    new = state.replica.copy()
+    assert changed == {state.table.place[n] for n in old if not torch.equal(old[n], new[n])}
+    assert bool(changed - {unit.index for unit in state.table.trainable}) == (name == "flora")
+    undo.back()
+    assert same_bits(state.replica.tensors, old) and not optimizer.state
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------------

@@ -225,3 +225,29 @@ def test_cancelled_run_has_no_mark_and_resumes(slurm, here):
     again, _, log = submit_smoke(slurm, here, ROUNDS, RUN_FOLDER=str(run_folder))
     assert slurm.wait(again, 400)["JobState"] == "COMPLETED", log.read_text()
     assert "resumed" in log.read_text() and (run_folder / "finished").exists()
+
+
+def forked_of(folder: Path) -> list[str]:
+    """Processes forked, or to fork, for a job that was submitted from this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                os.fsencode(folder) in (process / "environ").read_bytes()
+                and b"distfl-parent-of-ranks" in (process / "cmdline").read_bytes()
+            ):
+                found.append(process.name)
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+@needs_distfl
+@pytest.mark.mpi
+def test_forked_ranks_of_a_cancelled_job_are_gone(slurm, here):
+    job, run_folder, log = submit_smoke(slurm, here, ROUNDS, DISTFL_START="fork")
+    wait_for(lambda: rounds_of(run_folder), 120, lambda: log.read_text() if log.exists() else "no log")
+    assert len(forked_of(here)) == 4  # three ranks and their parent
+    slurm.command("scancel", job)
+    assert slurm.wait(job, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: not forked_of(here), 20, lambda: str(forked_of(here)))

@@ -81,13 +81,21 @@ class MemoryCap(ABC):
     in_this_process: ClassVar[bool] = True  # False: clients run in processes of their own, which the kernel may kill
 
     @abstractmethod
-    def run(self, budget_bytes: int, work: Work, charged_bytes: int = 0, settle: Callable[[], object] | None = None) -> Measured:
+    def run(
+        self,
+        budget_bytes: int,
+        work: Work,
+        charged_bytes: int = 0,
+        settle: Callable[[], object] | None = None,
+        attend: Callable[[], object] = lambda: None,
+    ) -> Measured:
         """Do a client's work under its cap.
 
         Args:
             charged_bytes: part of the budget that is used up by memory the mechanism does not see as the client's.
             settle: run first and outside of the budget where the client gets a process of its own: what is made
                 at the first use belongs to the baseline.
+            attend: called now and then in this process while the client works in its own; what it raises ends the client.
 
         Raises:
             CapError: the cap cannot be imposed, or the peak not be read.

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import os
+import select
 import signal
 import struct
 import time
@@ -22,6 +23,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from distfl.signals import end_with_parent
 
 FOLDER = "DISTFL_CGROUP"
 LEFT_AFTER_SECONDS = 60
+ATTENTION_MILLISECONDS = 100
 OUTER_LIMIT_BYTES = 2**20  # a client killed further below its limit than this was not killed by it
 NEVER_JOINED, NEVER_BEGAN = 2**64 - 1, 2**64 - 2  # in place of a baseline
 _BASELINE = struct.Struct("<Q")
@@ -61,16 +64,31 @@ class Cgroup(MemoryCap):
     def prepare(self, group: Path) -> None:
         """Shut other ways out than memory (swap)."""
 
-    def run(self, budget_bytes: int, work: Work, charged_bytes: int = 0, settle: Callable[[], object] | None = None) -> Measured:
+    def run(
+        self,
+        budget_bytes: int,
+        work: Work,
+        charged_bytes: int = 0,
+        settle: Callable[[], object] | None = None,
+        attend: Callable[[], object] = lambda: None,
+    ) -> Measured:
         group = self.root / f"distfl-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         group.mkdir()
         try:
             self.prepare(group)
-            return self._run_in(group, budget_bytes, charged_bytes, work, settle)
+            return self._run_in(group, budget_bytes, charged_bytes, work, settle, attend)
         finally:
             group.rmdir()
 
-    def _run_in(self, group: Path, budget_bytes: int, charged_bytes: int, work: Work, settle: Callable[[], object] | None) -> Measured:
+    def _run_in(
+        self,
+        group: Path,
+        budget_bytes: int,
+        charged_bytes: int,
+        work: Work,
+        settle: Callable[[], object] | None,
+        attend: Callable[[], object],
+    ) -> Measured:
         readable, writable = os.pipe()
         child = os.fork()
         if child == 0:
@@ -84,7 +102,9 @@ class Cgroup(MemoryCap):
         os.close(writable)
         try:
             with open(readable, "rb") as pipe:
+                _until_readable(pipe, attend)
                 head = pipe.read(_BASELINE.size)
+                _until_readable(pipe, attend)
                 sent = pipe.read()
         except BaseException:
             os.kill(child, signal.SIGKILL)
@@ -141,6 +161,14 @@ class Cgroup(MemoryCap):
             except BaseException:
                 stream.write((b"" if told else _BASELINE.pack(NEVER_BEGAN)) + traceback.format_exc().encode())
                 return 1
+
+
+def _until_readable(pipe: BinaryIO, attend: Callable[[], object]) -> None:
+    """Wait for the client's next words, or its end."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while not poll.poll(ATTENTION_MILLISECONDS):
+        attend()
 
 
 def _pack(outcome: Outcome) -> Iterator[bytes | memoryview]:

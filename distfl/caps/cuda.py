@@ -29,7 +29,14 @@ class Cuda(MemoryCap):
         self._cuda = cuda
         self._total = cuda.get_device_properties(cuda.current_device()).total_memory
 
-    def run(self, budget_bytes: int, work: Work, charged_bytes: int = 0, settle: Callable[[], object] | None = None) -> Measured:
+    def run(
+        self,
+        budget_bytes: int,
+        work: Work,
+        charged_bytes: int = 0,
+        settle: Callable[[], object] | None = None,
+        attend: Callable[[], object] = lambda: None,
+    ) -> Measured:
         self._cuda.synchronize()
         self._cuda.empty_cache()  # what earlier clients left in the cache is not a gift to this one
         before = self._cuda.memory_reserved()

@@ -32,7 +32,14 @@ class InProcess(MemoryCap):
     def set_limit(self, bytes_: int | None) -> None:
         """Limit this process's private data to so many bytes; None lifts the limit (raises CapError)."""
 
-    def run(self, budget_bytes: int, work: Work, charged_bytes: int = 0, settle: Callable[[], object] | None = None) -> Measured:
+    def run(
+        self,
+        budget_bytes: int,
+        work: Work,
+        charged_bytes: int = 0,
+        settle: Callable[[], object] | None = None,
+        attend: Callable[[], object] = lambda: None,
+    ) -> Measured:
         with fresh_heap():
             resident = resident_bytes()
             # heap that earlier clients left free is not a gift to this one

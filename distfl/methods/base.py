@@ -21,7 +21,7 @@ from distfl.encoding import encoding_of
 from distfl.errors import ConfigError
 from distfl.fleet import MEGA, Client
 from distfl.messages import Assignment, Piece, Region, cut, shape_of
-from distfl.model import ModelSpec, TinyTransformer, skeleton
+from distfl.model import ModelSpec, TinyTransformer, filled, skeleton
 from distfl.planner import Selection, cheapest, select, widest
 from distfl.recipes import Recipe, candidates
 from distfl.settings import from_dict
@@ -301,9 +301,13 @@ class LastBlocks(Method):
 
 def build_model(method: Method, spec: ModelSpec, tensors: dict[str, Tensor]) -> TinyTransformer:
     """The method's model whose parameters *are* the given tensors (not copies)."""
+    return filled(structure_of(method, spec), tensors)
+
+
+def structure_of(method: Method, spec: ModelSpec) -> TinyTransformer:
+    """The method's model without memory behind its parameters."""
     model = skeleton(spec)
     method.prepare(model)
-    model.load_state_dict(tensors, assign=True)
     return model
 
 
@@ -340,9 +344,8 @@ def costs_of(config: TrainConfig, method: Method, spec: ModelSpec) -> Costs:
 
 def table_of(method: Method, spec: ModelSpec) -> UnitTable:
     """The units of what the method shares."""
-    model = skeleton(spec)
-    method.prepare(model)
-    return UnitTable(spec, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, method.trains)
+    shapes = {name: tuple(parameter.shape) for name, parameter in structure_of(method, spec).named_parameters()}
+    return UnitTable(spec, shapes, method.trains)
 
 
 @lru_cache(maxsize=2**10)

@@ -16,6 +16,9 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from distfl.errors import RankLost
+from distfl.messages import Place
+
 WORD = np.dtype("<u4")  # blocks are counted in words of 4 bytes
 
 
@@ -23,7 +26,7 @@ class Ledger:
     """Bytes that this rank handed to (``sent``) and took from (``received``) the transport, by purpose.
 
     Args:
-        direct: destination -> bytes that went from this rank straight to it, over the whole run.
+        direct: destination, by its number at the start of the job -> bytes that went from this rank straight to it, over the whole run.
         broadcast_bytes: of all broadcasts of the whole run. Which rank hands them on to which is the library's choice.
     """
 
@@ -33,6 +36,7 @@ class Ledger:
         self.direct: Counter[int] = Counter()
         self.broadcast_bytes = 0
         self._taken: dict[str, Counter[str]] = {"sent": Counter(), "received": Counter()}
+        self._round, self._of_round = None, {}
 
     def add(self, purpose: str, sent: int = 0, received: int = 0) -> None:
         self.sent[purpose] += sent
@@ -46,6 +50,15 @@ class Ledger:
         self.sent.clear()
         self.received.clear()
         return counted
+
+    def of_round(self, round: int) -> dict[str, dict[str, int]]:
+        """What was counted since an earlier round was asked for, as ``take`` gives it. Asked again for the same round, it
+        gives that and what came since."""
+        if round != self._round:
+            self._round, self._of_round = round, {"sent": Counter(), "received": Counter()}
+        for way, counted in self.take().items():
+            self._of_round[way].update(counted)
+        return {way: dict(counted) for way, counted in self._of_round.items()}
 
     def whole_run(self) -> dict[str, dict]:
         """Everything counted so far, for ``distfl audit``."""
@@ -67,6 +80,18 @@ class Pending(Protocol):
         """Let it go on, without waiting."""
 
 
+class Dismissed(Exception):
+    """The server ended the run while this rank was in the middle of something.
+
+    Args:
+        finished: all rounds are done.
+    """
+
+    def __init__(self, finished: bool):
+        super().__init__(finished)
+        self.finished = finished
+
+
 class Arrived:
     """A transfer that is done already."""
 
@@ -86,6 +111,8 @@ class Transport(ABC):
     Args:
         name: as ``transport.name`` says it.
         library: what moves the bytes, with its version.
+        recovers: whether living ranks can go on without dead ones: then every verb raises RankLost where one has died.
+        numbers: of the ranks that live, at the start of the job; in rank order.
     """
 
     name: str
@@ -93,6 +120,8 @@ class Transport(ABC):
     rank: int
     size: int
     ledger: Ledger
+    recovers: bool = False
+    numbers: list[int]
 
     @abstractmethod
     def broadcast(self, arrays: Sequence[np.ndarray], purpose: str) -> None:
@@ -111,11 +140,12 @@ class Transport(ABC):
         """Every rank's value at rank 0, in rank order; None elsewhere."""
 
     @abstractmethod
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         """Every rank's block (1-D WORD array, any length, also 0) to rank 0.
 
         Args:
             words: length of every rank's block; only rank 0 must know them.
+            room: at rank 0, a WORD array that all of them fit in, for a transport to put them there: new memory is slow.
 
         Returns:
             The blocks in rank order at rank 0, None elsewhere. Gathers arrive in the order in which they were started.
@@ -132,6 +162,34 @@ class Transport(ABC):
     @abstractmethod
     def sum(self, array: np.ndarray) -> None:
         """Replace every rank's float32 array by the sum over all ranks."""
+
+    def attend(self) -> None:  # noqa: B027
+        """To be called now and then by a rank that works long between two transfers: it answers the server, and hears of
+        losses (raises RankLost)."""
+
+    def watch(self, places: list[Place], deadline_seconds: float, grace_seconds: float) -> None:  # noqa: B027
+        """Server: from now on, ask all ranks who lives where a transfer takes longer than the deadline; those that do not answer
+        within the grace are killed. Only where the transport recovers.
+
+        Args:
+            places: of all ranks.
+        """
+
+    def recover(self) -> list[int]:
+        """After RankLost, called by all living ranks wherever they were: what was under way is dropped, ``rank`` and
+        ``size`` change, the server stays rank 0.
+
+        Returns:
+            Numbers, at the start of the job, of the ranks that were lost since then or since the last call.
+
+        Raises:
+            RankLost: the server or all client ranks are dead.
+            Dismissed: the server has ended the run.
+        """
+        raise RankLost("living ranks that go on without a dead one", f"transport {self.name} cannot", "continue with --resume")
+
+    def part(self, finished: bool) -> None:  # noqa: B027
+        """All living ranks meet a last time: the last transfer, once the server has said that the run ends."""
 
     def leave(self, code: int) -> int:
         """End of this rank's part, after its last transfer: what it is to exit with, given what it would."""

@@ -92,7 +92,7 @@ class LocalTransport(Transport):
         blocks = self.start_gather(pack(value), purpose).wait()
         return None if blocks is None else [unpack(block) for block in blocks]
 
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         blocks = self._exchange(block.copy())
         if self.rank != 0:
             self.ledger.add(purpose, sent=block.nbytes)

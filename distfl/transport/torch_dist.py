@@ -168,7 +168,7 @@ class TorchTransport(Transport):
         counts = [len(block), *(int(length.wait()[0]) for length in lengths)]
         return [unpack(block) for block in self.start_gather(block, purpose, counts).wait()]
 
-    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None) -> Pending:
+    def start_gather(self, block: np.ndarray, purpose: str, words: Sequence[int] | None = None, room: np.ndarray | None = None) -> Pending:
         if self.rank:
             return self._send(np.ascontiguousarray(block), 0, _GATHER, purpose)
         coming = [self._receive(np.empty(words[other], WORD), other, _GATHER, purpose) for other in range(1, self.size)]

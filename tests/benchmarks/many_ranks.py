@@ -6,6 +6,7 @@ Prints private memory of the waiting client ranks, too: all of it, and without t
 """
 
 import contextlib
+import os
 import re
 import signal
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from distfl.launching import mpirun_command
@@ -45,12 +47,22 @@ def run_seconds(ranks: int, start: str, config: str) -> tuple[float, list[float]
                     raise SystemExit(process.communicate()[1])
                 time.sleep(0.01)
             seconds = time.monotonic() - began
-            memory = [private_mb(pid) for pid in processes_of(str(run))]
+            with stopped(processes_of(str(run))) as pids:  # else they would be scoring by the time they are looked at
+                memory = [private_mb(pid) for pid in pids]
             memory = sorted(memory, reverse=True)[:ranks]  # launchers hold next to nothing
             return seconds, [whole for whole, _ in memory[1:]], [own for _, own in memory[1:]]
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate()
+
+
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Iterator[list[int]]:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    yield pids
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
 
 
 def processes_of(run: str) -> list[int]:
@@ -76,7 +88,7 @@ def private_mb(pid: int) -> tuple[float, float]:
             elif line.startswith("Private_"):
                 whole += int(line.split()[1])
                 own += 0 if is_replica else int(line.split()[1])
-    return whole / 1e3, own / 1e3
+    return whole * 1024 / 1e6, own * 1024 / 1e6
 
 
 def main(ranks: int = 64, repeats: int = 3, starts: str = "fork,plain", config: str = "configs/smoke.yaml") -> None:

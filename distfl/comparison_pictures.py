@@ -1,0 +1,82 @@
+"""Pictures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distfl.comparison import Comparison
+from distfl.fleet import MEGA
+from distfl.reporting import read_run
+from distfl.standings import Standing
+
+
+def _plot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
+
+    return plot
+
+
+def draw(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
+    """comparison.png and rounds.png; returns their paths."""
+    return [_overview(comparison, found, comparison.output / "comparison.png"), _over_rounds(found, comparison.output / "rounds.png")]
+
+
+def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> Path:
+    """Accuracy against every axis of the scenarios, against bytes sent, and against FLOPs; bars are deviations over seeds."""
+    plot, scenarios = _plot(), comparison.config.scenarios
+    axes_of = list(dict.fromkeys(scenario.axis for scenario in scenarios if scenario.axis))
+    figure, panels = plot.subplots(1, len(axes_of) + 2, figsize=(5.2 * (len(axes_of) + 2), 4.6), constrained_layout=True)
+    for axes, axis in zip(panels, axes_of):
+        values = {scenario.name: scenario.value for scenario in scenarios if scenario.axis == axis}
+        _lines(axes, comparison, [standing for standing in found if standing.scenario in values], lambda s, v=values: v[s.scenario], "-")
+        axes.set(title=f"Accuracy against {axis}", xlabel=axis)
+    for axes, (title, unit, value) in zip(
+        panels[len(axes_of) :],
+        (
+            ("Accuracy against upload", "MB of all clients and rounds", lambda s: s.mean("upload_bytes") / MEGA),
+            ("Accuracy against work", "TFLOP of all clients and rounds", lambda s: s.mean("flops") / 1e12),
+        ),
+    ):
+        _lines(axes, comparison, found, value, "none")
+        axes.set(title=title, xlabel=unit, xscale="log")
+    for axes in panels:
+        axes.set_ylabel("next-token accuracy on held-out text")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plot.close(figure)
+    return path
+
+
+def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Callable[[Standing], float], style: str) -> None:
+    for number, method in enumerate(comparison.labels):
+        own = [standing for standing in found if standing.method == method and standing.results]
+        points = sorted((value(s), s.mean("accuracy"), s.deviation("accuracy") or 0.0) for s in own)
+        if points:
+            where, accuracy, deviation = zip(*points)
+            axes.errorbar(where, accuracy, deviation, marker="o", linestyle=style, capsize=3, label=method, color=f"C{number}")
+
+
+def _over_rounds(found: Sequence[Standing], path: Path) -> Path:
+    """Accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
+    plot = _plot()
+    scenarios = list(dict.fromkeys(standing.scenario for standing in found))
+    columns = min(4, len(scenarios))
+    rows = -(-len(scenarios) // columns)
+    figure, panels = plot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), constrained_layout=True, squeeze=False)
+    for axes, scenario in zip(panels.flat, scenarios):
+        for number, standing in enumerate(standing for standing in found if standing.scenario == scenario):
+            if standing.results:
+                evaluated = read_run(Path(standing.results[0].folder)).evaluated
+                line = [(record["round"], record["test_accuracy"]) for record in evaluated]
+                axes.plot(*zip(*line), label=standing.method, color=f"C{number}")
+        axes.set(title=scenario, xlabel="round", ylabel="accuracy")
+    for axes in panels.flat[len(scenarios) :]:
+        axes.axis("off")
+    panels[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plot.close(figure)
+    return path

@@ -1,0 +1,183 @@
+"""A comparison's runs, learning rates, figures: on run folders that are written here, without training anything."""
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+
+from distfl import comparison, comparison_pictures, settings, standings
+from distfl.comparison import Comparison, make, share_of
+from distfl.config import CompareConfig, TrainConfig
+from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError
+
+TRAIN = {
+    "fleet": {"groups": [{"name": "all", "memory_mb": 20, "share": 1}]},
+    "training": {"steps": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-4, "schedule": "cosine"},
+    "rounds": 3,
+}
+COMPARE = {
+    "train": "train.yaml",
+    "seeds": [1, 2, 3],
+    "methods": [{"method": "caff"}, {"method": "caff", "label": "wide", "options": {"extra_blocks": {"all": 1}}}],
+    "scenarios": [
+        {"name": "small", "overrides": ["fleet.groups.0.memory_mb=10"], "axis": "cap", "value": 10},
+        {"name": "large", "axis": "cap", "value": 20, "rates_of": "small"},
+    ],
+    "tuning": {"learning_rates": [1e-3, 4e-3], "overrides": ["rounds=1"]},
+}
+ACCURACY = {("caff", 1): 0.30, ("caff", 2): 0.32, ("caff", 3): 0.31, ("wide", 1): 0.28, ("wide", 2): 0.31, ("wide", 3): 0.27}
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "why_not", lambda trial: None)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(TRAIN))
+
+    def made(**changes) -> Comparison:
+        config = settings.from_dict(CompareConfig, COMPARE | {"output": str(tmp_path / "out")} | changes)
+        return Comparison(tmp_path / "compare.yaml", config)
+
+    return made
+
+
+class Trainings:
+    """Stands for the command: writes a run folder whose figures follow from its config."""
+
+    def __init__(self, codes=()):
+        self.started, self._codes = [], list(codes)
+
+    def __call__(self, arguments: list[str], resume: bool) -> int:
+        config = settings.load(TrainConfig, arguments[1], arguments[2:])
+        self.started.append((config, resume))
+        if self._codes and (code := self._codes.pop(0)):
+            return code
+        label = "wide" if config.method.options else "caff"
+        rate, seed = config.training.learning_rate, config.seed
+        loss = 2.0 + (rate != {"caff": 4e-3, "wide": 1e-3}[label])
+        accuracy = ACCURACY.get((label, seed), 0.1)
+        folder = comparison.Path(config.run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings.to_yaml(config))
+        (folder / "manifest.json").write_text(json.dumps({"depth": 3, "groups": {"a": "all", "b": "all"}}))
+        score = {"upload_bytes": 10, "download_bytes": 20, "flops": 30, "seconds": 4.0, "test_loss": loss}
+        rounds = [score | {"round": 0, "test_accuracy": 0.05, "groups": {}}]
+        rounds.append(score | {"round": 1, "test_accuracy": accuracy, "groups": {"all": {"accuracy": accuracy}}})
+        report = {"blocks": 2, "memory_bytes": 100, "cause": None}
+        clients = [report | {"client": 0, "ok": True, "measured_peak_bytes": 80}]
+        clients.append(report | {"client": 1, "ok": False, "measured_peak_bytes": 110, "cause": "over_cap"})
+        for name, lines in (("rounds.jsonl", rounds), ("clients.jsonl", clients)):
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "finished").write_text("")
+        return 0
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_every_method_tries_the_same_rates_and_the_lowest_loss_decides(compare):
+    made, start = compare(), Trainings()
+    with pytest.raises(CheckpointError, match="tuning"):
+        made.trials()
+    assert make(made.tuning(), start, silent) == ([], 0)
+    assert [(config.training.learning_rate, config.seed, config.rounds) for config, _ in start.started] == [
+        (1e-3, 1000, 1),
+        (4e-3, 1000, 1),
+    ] * 2
+    assert start.started[1][0].training.final_learning_rate == pytest.approx(4e-4)  # the schedule keeps its shape
+    rates = {(trial.scenario, trial.contender): trial.config().training.learning_rate for trial in made.trials()}
+    assert rates == {("small", "caff"): 4e-3, ("small", "wide"): 1e-3, ("large", "caff"): 4e-3, ("large", "wide"): 1e-3}
+
+
+def test_a_comparison_goes_on_where_it_ended(compare):
+    made, start = compare(tuning={}), Trainings(codes=[0, 3, EXIT_REQUEUE])
+    trials = made.trials()
+    failed, code = make(trials, start, silent)
+    assert ([trial.folder for trial in failed], code) == ([trials[1].folder], EXIT_REQUEUE)
+    trials[2].folder.mkdir(parents=True)
+    (trials[2].folder / "config.yaml").write_text("begun")
+    again = Trainings()
+    assert make(trials, again, silent) == ([], 0)
+    assert len(again.started) == len(trials) - 1  # the first one was done
+    assert [resume for _, resume in again.started] == [False, True, *[False] * (len(trials) - 3)]
+    assert make(trials, Trainings(codes=[1] * 99), silent) == ([], 0)
+
+
+def test_workers_share_the_runs(compare):
+    trials = compare(tuning={}).trials()
+    parts = [share_of(trials, task, 5) for task in range(5)]
+    assert sorted(trial.folder for part in parts for trial in part) == sorted(trial.folder for trial in trials)
+    for task in (-1, 5):
+        with pytest.raises(ConfigError, match="--task"):
+            share_of(trials, task, 5)
+
+
+def test_means_deviations_and_paired_differences(compare):
+    made = compare()
+    make(made.tuning(), Trainings(), silent)
+    make(made.trials(), Trainings(), silent)
+    by_place = {(one.scenario, one.method): one for one in standings.standings(made)}
+    wide = by_place["small", "wide"]
+    assert wide.mean("accuracy") == pytest.approx((0.28 + 0.31 + 0.27) / 3)
+    assert wide.deviation("accuracy") == pytest.approx(0.0208167, rel=1e-5)
+    assert wide.differences == pytest.approx((-0.02, -0.01, -0.04))
+    assert wide.p_value == pytest.approx(0.11807, abs=1e-4)  # t = -2.6458 with 2 degrees of freedom: 1 - t / sqrt(2 + t^2)
+    (result, *_) = by_place["small", "caff"].results
+    assert (result.peak_share, result.part_share, result.over_cap) == (1.1, 0.5, 1)
+    assert result.slack_share == pytest.approx(1 - (0.8 + 1.1) / 2)
+    assert (result.upload_bytes, result.download_bytes, result.flops, result.seconds) == (20, 40, 60, 8.0)
+    rows = list(csv.DictReader(io.StringIO(standings.comma_separated(by_place.values()))))
+    assert len(rows) == 12 and float(rows[0]["accuracy"]) == 0.30
+    text = standings.markdown(list(by_place.values()), "caff")
+    assert "| wide | 28.67 ± 2.08 | -2.33 ± 1.53 | 0.118 |" in text
+    paths = [*standings.write(made, list(by_place.values())), *comparison_pictures.draw(made, list(by_place.values()))]
+    assert all(path.stat().st_size > 0 for path in paths) and {path.suffix for path in paths} == {".md", ".csv", ".png"}
+
+
+@pytest.mark.parametrize("t, freedom, p", [(4.30265, 2, 0.05), (2.77645, 4, 0.05), (63.6567, 1, 0.01), (0.0, 3, 1.0), (-2.2281, 10, 0.05)])
+def test_p_values_are_those_of_the_tables(t, freedom, p):
+    assert standings.two_sided_p(t, freedom) == pytest.approx(p, abs=1e-5)
+
+
+def test_a_method_that_cannot_take_part_is_said_and_not_run(compare, monkeypatch):
+    made, start = compare(tuning={}), Trainings()
+    monkeypatch.setattr(
+        comparison, "why_not", lambda trial: "too small" if (trial.scenario, trial.contender) == ("small", "wide") else None
+    )
+    make(made.trials(), start, silent)
+    assert len(start.started) == 9
+    monkeypatch.setattr(comparison, "why_not", lambda trial: pytest.fail("asked twice"))
+    make(made.trials(), start, silent)
+    found = standings.standings(made)
+    assert [one.refusal for one in found] == [None, "too small", None, None]
+    assert "| wide | cannot take part: too small |" in standings.markdown(found, "caff")
+
+
+def test_a_run_of_another_config_is_not_taken_for_this_one(compare):
+    make(compare(tuning={}).trials(), Trainings(), silent)
+    other = compare(tuning={}, scenarios=[{"name": "small", "overrides": ["rounds=7"]}])
+    with pytest.raises(CheckpointError, match="rounds"):
+        standings.standings(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference": "lora"},
+        {"seeds": [1, 1]},
+        {"seeds": []},
+        {"ranks": 1},
+        {"methods": [{"method": "caff"}, {"method": "caff"}]},
+        {"methods": [{"method": "caff", "label": "a/b"}], "reference": "a/b"},
+        {"scenarios": [{"name": "a", "rates_of": "b"}]},
+        {"scenarios": [{"name": "a", "axis": "cap"}]},
+        {"scenarios": [{"name": "a", "overrides": ["rounds=none"]}]},
+        {"scenarios": [{"name": "a", "overrides": ["roundz=3"]}]},
+        {"tuning": {"seed": 2}},
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(compare, change):
+    with pytest.raises(ConfigError):
+        compare(**change)

@@ -196,9 +196,9 @@ def _peak(costs: Costs, window: Window, recipe: Recipe) -> Peak:
     # a weight's gradient on its way to where it adds up
     matrix, head_matrix = (_largest(table, window.units, of_a_head) for of_a_head in (False, True))
     widest = values * costs.block.widest(spec)
-    hole_at_head, hole_below = _holes(logits, head_matrix, widest)
-    norms = part * len(exits) if heads else 0  # the output layers' inputs, for their matrices' gradients
     others = len(exits) - 1  # classifiers below the last
+    hole_at_head, hole_below = _holes(logits, head_matrix, widest, others)
+    norms = part * len(exits) if heads else 0  # the output layers' inputs, for their matrices' gradients
     at_head = kept + left + entry * (1 + others + (chunk < tokens and trained > 0))
     backward = values * costs.block.backward_transient(spec) + matrix + hole_below
     again = entry + values * costs.block.forward_transient(spec)  # beside the gradient of the block's output
@@ -253,11 +253,15 @@ def _largest(table: UnitTable, units: Iterable[int], of_a_head: bool) -> int:
     return VALUE_BYTES * max(sizes, default=0)
 
 
-def _holes(logits: int, head_matrix: int, widest: int) -> tuple[int, int]:
+def _holes(logits: int, head_matrix: int, widest: int, others: int) -> tuple[int, int]:
     """Bytes of heap that the logits leave and nothing fits into: while the head goes backward, and below it.
 
     The gradient of the head's matrix takes part of that room if it is smaller; a block's largest tensor, the gradient of
-    its GELU output, then needs all of what remains.
+    its GELU output, then needs all of what remains. What several classifiers make lies apart from each other: their largest tensor
+    finds no room between.
+
+    Args:
+        others: classifiers below the last.
     """
     at_head, room = (0, logits - head_matrix) if head_matrix < logits else (logits, logits)
-    return at_head, room if widest > room else 0
+    return at_head + max(logits, head_matrix) * (others > 0), room if widest > room else 0

@@ -35,6 +35,8 @@ MAPPED_FROM_BYTES = 32 * 1024
 SMALLEST_PLUG_BYTES = 64 * 1024
 ROOM_BYTES = 96 * 1024  # for small blocks of each size
 SPARED_BYTES = 2**20  # for other threads, while the holes are looked for
+LARGE_PAGE_BYTES = 2 * 2**20
+_MADV_HUGEPAGE = 14  # linux/mman.h
 MOST_PLUGGED_BYTES = 2**30  # beyond this much of holes they are used rather than passed over
 TUNABLES = ("glibc.malloc.tcache_count=0", "glibc.malloc.arena_max=1")
 
@@ -153,20 +155,40 @@ def _no_more_memory() -> Iterator[None]:
 
 
 @contextmanager
-def one_heap() -> Iterator[None]:
-    """Inside, everything comes from one heap that does not shrink; without the prepared environment nothing changes."""
+def one_heap(expected_bytes: int = 0) -> Iterator[None]:
+    """Inside, everything comes from one heap that does not shrink; without the prepared environment nothing changes.
+
+    Args:
+        expected_bytes: that will surely be used of it. They come in large pages, where the system has some: one by one the small
+            ones of a client take longer to be made than its smaller steps.
+    """
     mallopt = _function("mallopt") if is_prepared() else None
     if mallopt is None:
         yield
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+    _large_pages(expected_bytes)
     try:
         yield
     finally:
         mallopt(_M_MMAP_MAX, _MAPPINGS)
         mallopt(_M_TRIM_THRESHOLD, MAPPED_FROM_BYTES)
         trim_heap()  # at once: what is made next and lives on must not lie at the far end of a large empty heap
+
+
+def _large_pages(bytes_: int) -> None:
+    """Let the next so many bytes of the heap be made in large pages; only whole ones, so that nothing more becomes resident."""
+    if bytes_ < LARGE_PAGE_BYTES:
+        return
+    malloc, free = _malloc_and_free()
+    if (start := malloc(bytes_)) is None:  # refused: its client will not get far
+        return
+    free(start)
+    first, last = -(-start // LARGE_PAGE_BYTES), (start + bytes_) // LARGE_PAGE_BYTES
+    if last > first and (madvise := _function("madvise")) is not None:
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(first * LARGE_PAGE_BYTES, (last - first) * LARGE_PAGE_BYTES, _MADV_HUGEPAGE)  # without them nothing is lost
 
 
 def trim_heap() -> None:

@@ -306,8 +306,13 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         return launching.run_child(training)
 
     if options.stage == "list":
-        for trial in [*comparison.tuning(), *comparison.trials()]:
-            print("finished" if trial.run() else "refused " if trial.refusal else "open    ", trial.folder)
+        trials = comparison.tuning()
+        if tuned := all(trial.is_settled for trial in trials):
+            trials += comparison.trials()
+        for trial in trials:
+            print("refused " if trial.refusal else "finished" if trial.is_settled else "open    ", trial.folder)
+        if not tuned:
+            print("the other runs follow once these learning rates are tuned")
         return 0
     failed = []
     for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):

@@ -52,6 +52,11 @@ class Trial:
     def refuse(self, why: str) -> None:
         write_atomically(self.folder.with_suffix(f".{REFUSED}"), why + "\n")
 
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is left to be done (raises CheckpointError as ``run`` does)."""
+        return self.refusal is not None or self.run() is not None
+
     def run(self) -> Run | None:
         """The finished run; None where there is none yet.
 
@@ -182,7 +187,7 @@ def make(trials: Sequence[Trial], start: Start, say: Callable[[str], None]) -> t
     for number, trial in enumerate(trials, start=1):
         what = f"{number} of {len(trials)}: {trial.scenario}, {trial.contender}, seed {trial.seed}"
         what += f", learning rate {trial.learning_rate:g}" if trial.learning_rate is not None else ""
-        if trial.run() is not None or trial.refusal:
+        if trial.is_settled:
             continue
         if why := why_not(trial):
             say(f"{what}: cannot take part: {why}")

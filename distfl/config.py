@@ -228,10 +228,11 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """What becomes of a run when a rank dies."""
+    """What becomes of a run when a rank dies or a client is late."""
 
     recover: Switch = "auto"  # go on without dead ranks; auto = where MPI reports them (Open MPI under mpirun --with-ft ulfm, see --ranks)
-    deadline_seconds: float | None = None  # so long the server waits for a transfer until it asks who lives; None = for ever
+    deadline_seconds: float | None = None  # of a client in a round, and of the server's waits until it asks who lives; None = for ever
+    late: Literal["contribute", "leave_out"] = "contribute"  # a late client stops before its next batch, and sends what it has, or nothing
     grace_seconds: float = 30.0  # a rank that has not answered then is killed; it answers between two batches
 
     def __post_init__(self) -> None:

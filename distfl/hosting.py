@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from distfl.model import ModelSpec, TinyTransformer, filled
 from distfl.recipes import LOSS_CHUNK_TOKENS, Recipe
 from distfl.replica import Replica
 from distfl.residuals import ResidualFolder, Residuals
-from distfl.shards import Sequences, ShardIndex
+from distfl.shards import ShardIndex
 from distfl.training import Trained, train
 from distfl.transport.base import WORD, Transport
 from distfl.units import Unit, UnitTable
@@ -88,16 +88,25 @@ def host(
     # in a control group what is written to files counts, so nothing is kept there
     files = _feature_files(state, assignment) if cap.in_this_process else {}
     residuals = state.residuals and state.residuals.load(assignment, state.method.held(state.costs, assignment.detail).table)
-    before_batch = attend if cap.in_this_process else lambda: None
-    work = partial(_try_to_work, state, assignment, files, residuals, before_batch)
+    limit = state.config.faults.deadline_seconds
+
+    def may_go_on() -> bool:
+        if cap.in_this_process:
+            attend()
+        return limit is None or time.monotonic() - began < limit
+
+    work = partial(_try_to_work, state, assignment, files, residuals, may_go_on)
     measured = cap.run(assignment.memory_bytes, work, _charged_bytes(state, assignment), partial(rehearse, state), attend)
     collect_garbage()
     outcome = measured.outcome
     if outcome is None:
         outcome = _left_out(over_cap(assignment, measured.killed))
     failure = outcome.facts["failure"] and Failure(**outcome.facts["failure"])
+    trained = Trained(**outcome.facts["trained"])
     if failure is None and measured.peak_bytes > assignment.memory_bytes and not state.method.ignores_budgets:
         failure = over_cap(assignment, f"with a peak of {measured.peak_bytes}")
+    if failure is None and trained.late and (state.config.faults.late == "leave_out" or not trained.steps):
+        failure = Failure("late", f"not done after {limit} s: {trained.steps} steps")
     if failure is None:
         try:
             keep(assignment, outcome.blocks)
@@ -108,13 +117,12 @@ def host(
     blocks = [NOTHING] * len(state.table.trainable) if failure else outcome.blocks
     if residuals and not failure:  # else nothing of it was sent
         state.residuals.save(assignment, residuals)
-    trained = Trained(**outcome.facts["trained"])
     report = ClientReport(
         round=assignment.round,
         client=assignment.client,
         ok=failure is None,
         cause=failure and failure.cause,
-        reason=failure.reason if failure else "",
+        reason=failure.reason if failure else f"stopped after {limit} s: {trained.steps} steps" if trained.late else "",
         blocks=state.table.trained_blocks(assignment.window),
         samples=trained.sequences,
         loss=trained.loss,
@@ -164,11 +172,11 @@ def _try_to_work(
     assignment: Assignment,
     files: dict[int, FeatureFile],
     residuals: Residuals | None,
-    before_batch: Callable[[], object],
+    may_go_on: Callable[[], bool],
 ) -> Outcome:
     """The client's work, wherever the cap has it done."""
     try:
-        return _work(state, assignment, files, residuals, before_batch)
+        return _work(state, assignment, files, residuals, may_go_on)
     except Exception as error:
         if is_allocation_failure(error):
             return _left_out(over_cap(assignment, refused_allocation(error)))
@@ -182,11 +190,11 @@ def _work(
     assignment: Assignment,
     files: dict[int, FeatureFile],
     residuals: Residuals | None,
-    before_batch: Callable[[], object] = lambda: None,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> Outcome:
     """Train the client's own copy of what it may train, then encode it unit by unit."""
     model = filled(state.structure, state.replica.tensors)
-    data = _Attended(state.shards.train(assignment.client, state.spec.context), before_batch)
+    data = state.shards.train(assignment.client, state.spec.context)
     state.method.hold(model, assignment, state.config.seed)
     with state.method.attached(model, assignment) as parameters:
         _own(parameters)
@@ -196,7 +204,7 @@ def _work(
             _own(parameter for parameter in model.parameters() if id(parameter) not in trained)
         prefix = Prefix(model, assignment.window.first, files)
         costs = state.method.held(state.costs, assignment.detail)
-        done = train(model, parameters, data, state.config.training, assignment, prefix, costs, state.config.seed)
+        done = train(model, parameters, data, state.config.training, assignment, prefix, costs, state.config.seed, may_go_on)
     tensors = model.named_tensors()
     blocks = []
     for unit in state.table.trainable:
@@ -205,18 +213,6 @@ def _work(
         shared, kept = state.replica.tensors, residuals and residuals.tensors
         blocks.append(frame(state.encoding, pieces, assignment.round, assignment.client, unit, shared, draws, kept))
     return Outcome(blocks, {"trained": asdict(done), "failure": None})
-
-
-class _Attended(Sequences):
-    """A client's sequences; something is done before every batch."""
-
-    def __init__(self, sequences: Sequences, before_batch: Callable[[], object]):
-        super().__init__(sequences.tokens, sequences.context)
-        self._before_batch = before_batch
-
-    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        self._before_batch()
-        return super().batch(rows)
 
 
 def _own(parameters: Iterable[Parameter]) -> None:

@@ -96,7 +96,7 @@ class Assignment:
         return Assignment(**values | {"window": window, "recipe": Recipe(**values["recipe"])})
 
 
-Cause = Literal["over_cap", "not_finite", "bad_message", "no_window", "rank_lost"]
+Cause = Literal["over_cap", "not_finite", "bad_message", "no_window", "rank_lost", "late"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class ClientReport:
 
     Args:
         ok: its update was merged.
-        cause, reason: why not, in a word and in a sentence; None and "" where it was.
+        cause, reason: why not, in a word and in a sentence; None and "" where it was. One that was merged after it was stopped at
+            its deadline has a reason, too.
         blocks: trained blocks of its window.
         samples: sequences it trained on (with repetitions).
         loss: mean training loss in nats per token; None where it did not finish a step.

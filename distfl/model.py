@@ -11,7 +11,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -232,7 +231,8 @@ def filled(structure: ModuleOf, tensors: Mapping[str, Tensor], prefix: str = "")
 
     A tenth of what it takes to build modules and load tensors into them: a rank does it for every client.
     """
-    module = copy(structure)
+    module = object.__new__(type(structure))  # nn.Module's __init__ would make all that is copied here
+    module.__dict__ = structure.__dict__.copy()
     module._parameters = {
         name: None if given is None else nn.Parameter(tensors[prefix + name]) for name, given in structure._parameters.items()
     }

@@ -18,6 +18,7 @@ CAUSES = {
     "bad_message": "with a bad message",
     "no_window": "without a window",
     "rank_lost": "after their ranks were lost",
+    "late": "late",
 }
 
 

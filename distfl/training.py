@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -23,15 +23,19 @@ from distfl.optimizers import SGD, AdamW, clip_gradients
 from distfl.shards import Sequences
 from distfl.steps import add_gradients, count_targets
 
+SURELY_USED = 0.85  # of the predicted peak, what is made and let go within steps
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training did: steps taken, sequences seen (repetitions count), FLOPs, mean loss in nats per token."""
+    """What local training did: steps taken, sequences seen (repetitions count), FLOPs, mean loss in nats per token; whether it was
+    stopped before it was done."""
 
     steps: int
     sequences: int
     flops: int
     loss: float | None
+    late: bool = False
 
 
 def learning_rate(config: TrainingConfig, round: int, rounds: int) -> float:
@@ -83,6 +87,7 @@ def train(
     prefix: Prefix,
     costs: Costs,
     seed: int,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> Trained:
     """Local steps of one client in one round, computed by its assignment's recipe.
 
@@ -90,6 +95,7 @@ def train(
         parameters: what the optimiser may touch.
         prefix: the frozen units below the window.
         costs: to count FLOPs with.
+        may_go_on: asked before every batch; False stops it there.
 
     Raises:
         NotFinite: the loss is not a number.
@@ -98,9 +104,12 @@ def train(
     if (first := next(plan, None)) is None:
         return Trained(0, 0, 0, None)
     step = _Step(model, parameters, config, assignment, prefix, len(data))
-    total, steps, sequences = 0.0, 0, 0
-    with one_heap():
+    total, steps, sequences, late = 0.0, 0, 0, False
+    peak = costs.peak(assignment.window, assignment.recipe)
+    with one_heap(int(SURELY_USED * (peak.activations + peak.transient))):
         for rows in chain([first], plan):
+            if late := not may_go_on():
+                break
             loss = step(rows, *data.batch(rows))
             steps, sequences, total = steps + 1, sequences + len(rows), total + loss
             if not math.isfinite(loss):
@@ -114,7 +123,7 @@ def train(
     context = data.context
     flops = sequences * context * costs.window_flops(assignment.window, assignment.recipe)
     flops += context * sum(count * costs.prefix_flops(units) for units, count in prefix.computed.items())
-    return Trained(steps, sequences, flops, total / steps)
+    return Trained(steps, sequences, flops, total / steps if steps else None, late)
 
 
 class _Step:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from distfl.aggregation import UnitMean
 from distfl.caps.base import Measured, MemoryCap
 from distfl.caps.cgroup import open_cgroup
 from distfl.caps.rlimit import Report
-from distfl.config import FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
+from distfl.config import FaultsConfig, FleetConfig, GroupConfig, LeversConfig, RunConfig, TrainConfig, TrainingConfig, TransportConfig
 from distfl.errors import CapError, NotFinite
 from distfl.exchange import Gather
 from distfl.features import FeatureFile
@@ -117,6 +118,20 @@ def test_only_the_window_changes_and_only_it_is_sent(state, method, mapped):
         mean.add([piece for piece in pieces.values() if piece.unit == 3])
         value, share = mean.mean("blocks.2.gate", before["blocks.2.gate"], 3.0)
         assert torch.equal(value, values["blocks.2.gate"]) and float(share) == 1.0
+
+
+@pytest.mark.parametrize(
+    "late, steps, ok", [("contribute", 2, True), ("leave_out", 2, False), ("contribute", 0, False), ("leave_out", 4, True)]
+)
+def test_a_late_client_stops_before_its_next_batch(state, monkeypatch, late, steps, ok):
+    config = replace(CONFIG, training=replace(CONFIG.training, epochs=None, steps=4), faults=FaultsConfig(deadline_seconds=10.0, late=late))
+    made, clock = state(config=config), iter([0.0, *[1.0] * steps, *[11.0] * 9])
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    blocks, report = hosting.host(made, Report(), assignment(made, 1))
+    assert (report.ok, report.cause) == (ok, None if ok else "late")
+    assert report.samples == steps * min(CONFIG.training.batch, 19)  # 150 tokens, 8 a row
+    assert any(map(len, blocks)) == ok
+    assert report.reason == ("" if steps == 4 else f"{'stopped' if ok else 'not done'} after 10.0 s: {steps} steps")
 
 
 def test_an_update_that_cannot_be_kept_is_left_out(state):

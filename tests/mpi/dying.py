@@ -4,11 +4,13 @@
 
 PLAN is JSON: a list of [round, moment, ranks, what]. In that round, at that moment, each of these ranks (numbers at the start, or
 "client N": whoever trains that client) does what it says: KILL, STOP, USR1, INT: a signal to itself; OOM: it goes into the control group
-DYING_GROUP and fills it; HOST name: it claims to live there. "gathering 3": with the third transfer of its update just begun.
+DYING_GROUP and fills it; HOST name: it claims to live there; NAN: the client it trains has a weight that is no number; FULL: from now
+on no file can grow. "gathering 3": with the third transfer of its update just begun.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -49,7 +51,7 @@ class _Fate:
         _before(Control, "come", lambda *_: self._meet("recovering"))
         _before(Control, "shrunk", lambda *_: self._meet("shrinking"))
         _before(MpiTransport, "part", lambda *_: self._meet("ending"))
-        _before(hosting, "train", lambda *arguments: self._meet("training", f"client {arguments[4].client}"))
+        _before(hosting, "train", lambda *arguments: self._meet("training", f"client {arguments[4].client}", arguments[1]))
         plain = MpiTransport._start
 
         def start(transport, purpose, *arguments):
@@ -69,10 +71,10 @@ class _Fate:
             self._meet("orders")
         return value
 
-    def _meet(self, moment: str, client: str = "") -> None:
+    def _meet(self, moment: str, client: str = "", weights=()) -> None:
         for round, of, ranks, what in self._fates:
             if (round, of) == (self._round, moment) and (self._number in ranks or client in ranks):
-                _do(what)
+                _do(what, weights)
 
 
 def _before(owner, name, act) -> None:
@@ -90,7 +92,14 @@ def _after(owner, name, act) -> None:
     setattr(owner, name, lambda *arguments, **more: act(plain(*arguments, **more)))
 
 
-def _do(what: str) -> None:
+def _do(what: str, weights) -> None:
+    if what == "NAN":
+        weights[0].data.fill_(float("nan"))
+        return
+    if what == "FULL":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return
     if what != "OOM":
         os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
         return

@@ -460,21 +460,20 @@ from distfl.recipes import Recipe
 torch.set_num_threads(1)
 exact_allocator()
 cap = Rlimit()
-spec = ModelSpec(4, 192, 6, 128, 1024)
+spec = ModelSpec(4, 128, 4, 128, 1024)
 for name in sys.argv[2:]:
-    for blocks, recipe in ((4, Recipe(8, 128)), (4, Recipe(2, 128)), (2, Recipe(4, 128, 2))):
+    for blocks, recipe in ((4, Recipe(8, 128)), (2, Recipe(4, 128, 2))):
         case = Case(spec, 8, "adamw", True, blocks, recipe, True, "exact", name)
-        state = rank_of(case, Path(sys.argv[1]))
+        state = rank_of(case, Path(sys.argv[1]), steps=2)
         window = state.method.window(state.table, blocks)
         details = state.method.details(spec, window)
-        for number, detail in enumerate((details if recipe.micro_batch == 8 else details[:1])[:3]):
-            case = replace(case, detail=number)
-            predicted = state.method.held(state.costs, detail).peak(window, recipe).bytes
+        rehearse(state)
+        for number in sorted({0, len(details) - 1}):
+            predicted = state.method.held(state.costs, details[number]).peak(window, recipe).bytes
             cap.prove(predicted + 1_000_000)
-            rehearse(state)
-            report = hosted(state, case, cap, predicted + 1_000_000)
+            report = hosted(state, replace(case, detail=number), cap, predicted + 1_000_000)
             found = [report.ok, report.reason, predicted, report.measured_peak_bytes]
-            print(json.dumps([name, detail, recipe.describe(8), *found]), flush=True)
+            print(json.dumps([name, details[number], recipe.describe(8), *found]), flush=True)
 """
 
 

@@ -1,4 +1,4 @@
-"""Every method with real ranks: the same bits as in one process, peaks under their caps, scored and exported as a plain model."""
+"""Every method with real ranks, under caps that it has to fit into: peaks, bits, scores and exports."""
 
 import json
 from pathlib import Path
@@ -11,32 +11,53 @@ from distfl import methods
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base", "caff"))
 BUDGETS = ["model.depths=[2,4]", "fleet.groups.0.memory_mb=5.5", "fleet.groups.1.memory_mb=16", *AUTO]
+# whose merge is more than a mean of whole tensors
+OTHER_MERGES = ("hetlora", "flexlora", "flora", "heterofl", "fedhm", "depthfl")
+
+
+def overrides(name: str, *more: str) -> list[str]:
+    whole = name == "fedavg"  # it is refused where a client cannot train all of it
+    return [*BUDGETS, f"method.name={name}", *(["fleet.groups.0.memory_mb=16"] if whole else []), *more]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_ranks_give_the_same_bits_under_caps_and_the_model_can_be_exported(distfl, config, tmp_path, name):
-    models, losses = set(), set()
-    overrides = [*BUDGETS, f"method.name={name}"]
-    if name == "fedavg":
-        overrides.append("fleet.groups.0.memory_mb=16")  # else it is refused
-    for ranks in (None, 4):
-        run = tmp_path / f"run-{ranks}"
-        done = distfl("train", config, *overrides, f"run.folder={run}", ranks=ranks)
+def test_clients_stay_within_their_caps_and_near_their_predicted_peaks(distfl, config, tmp_path, name):
+    run = tmp_path / "run"
+    done = distfl("train", config, *overrides(name, "rounds=1", f"run.folder={run}"), ranks=3)
+    assert done.returncode == 0, done.stderr
+    reports = distfl.reports(run)
+    trained = [report for report in reports if report["cause"] != "no_window"]
+    assert trained and all(report["ok"] for report in trained), [report["reason"] for report in trained]
+    assert (len(trained) < len(reports)) == (name == "fedavg_exclusive")
+    for report in trained:
+        assert report["measured_peak_bytes"] <= report["memory_bytes"]
+        without_margin = report["predicted_peak_bytes"] - 1e6
+        assert abs(without_margin / report["measured_peak_bytes"] - 1) < 0.15  # of 3 MB and more: pages and tables count here
+        assert 0 < report["flops"] <= report["predicted_flops"]
+    depth = json.loads((run / "manifest.json").read_text())["depth"]
+    assert depth == 4 or name in ("allsmall", "heterofl", "fedhm", "depthfl")
+
+
+@pytest.mark.parametrize("name", OTHER_MERGES)
+def test_any_number_of_ranks_and_either_collective_give_the_same_bits(distfl, config, tmp_path, name):
+    models = {"gather": set(), "reduce": set()}
+    for collective, ranks in (("gather", None), ("gather", 4), ("reduce", 3), ("reduce", 4)):
+        run = tmp_path / f"{collective}-{ranks}"
+        done = distfl("train", config, *overrides(name, "rounds=1", f"transport.collective={collective}", f"run.folder={run}"), ranks=ranks)
         assert done.returncode == 0, done.stderr
-        reports = distfl.reports(run)
-        trained = [report for report in reports if report["cause"] != "no_window"]
-        assert trained and all(report["ok"] for report in trained)
-        assert (len(trained) < len(reports)) == (name == "fedavg_exclusive")
-        for report in trained:  # the prediction has a margin of 1 MB
-            assert report["measured_peak_bytes"] <= report["memory_bytes"]
-            assert -2.0e6 < report["measured_peak_bytes"] - report["predicted_peak_bytes"] < 0
-        models.add(distfl.model(run))
-        losses.add(json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])["test_loss"])
-    assert len(models) == len(losses) == 1
+        models[collective].add(distfl.model(run))
+    assert len(models["gather"]) == len(models["reduce"]) == 1
+
+
+@pytest.mark.parametrize("name", ["lora", "fedhm", "depthfl"])
+def test_a_run_can_be_scored_and_exported_as_a_plain_model(distfl, config, tmp_path, name):
+    run = tmp_path / "run"
+    done = distfl("train", config, *overrides(name, "rounds=1", f"run.folder={run}"))
+    assert done.returncode == 0, done.stderr
     scored = distfl("evaluate", run)
-    assert scored.returncode == 0 and json.loads(scored.stdout)["loss"] == pytest.approx(losses.pop(), rel=1e-6)
+    last = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])
+    assert scored.returncode == 0 and json.loads(scored.stdout)["loss"] == pytest.approx(last["test_loss"], rel=1e-6)
     exported = distfl("export", run, tmp_path / "gpt2")
     assert exported.returncode == 0, exported.stderr
     depth = json.loads((run / "manifest.json").read_text())["depth"]
-    assert depth == (2 if name == "allsmall" else 4)
     assert json.loads((tmp_path / "gpt2" / "config.json").read_text())["n_layer"] == depth

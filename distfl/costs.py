@@ -257,11 +257,11 @@ def _holes(logits: int, head_matrix: int, widest: int, others: int) -> tuple[int
     """Bytes of heap that the logits leave and nothing fits into: while the head goes backward, and below it.
 
     The gradient of the head's matrix takes part of that room if it is smaller; a block's largest tensor, the gradient of
-    its GELU output, then needs all of what remains. What several classifiers make lies apart from each other: their largest tensor
-    finds no room between.
+    its GELU output, then needs all of what remains. What several classifiers make lies apart from each other: each leaves
+    room that their largest tensor does not fit into.
 
     Args:
         others: classifiers below the last.
     """
     at_head, room = (0, logits - head_matrix) if head_matrix < logits else (logits, logits)
-    return at_head + max(logits, head_matrix) * (others > 0), room if widest > room else 0
+    return at_head + others * max(logits, head_matrix), room if widest > room else 0

@@ -284,7 +284,7 @@ def held(method, shared: dict, assignment: Assignment) -> dict[str, torch.Tensor
 def trained(method, shared: dict, assignment: Assignment, seed: int) -> dict[str, torch.Tensor]:
     """A client's model after local steps that moved all that it trains at random."""
     tensors, generator = held(method, shared, assignment), torch.Generator().manual_seed(seed)
-    for n in trained_names(method, tensors, assignment):
+    for n in sorted(trained_names(method, tensors, assignment)):
         tensors[n] += 0.1 * torch.randn(tensors[n].shape, generator=generator)
     return tensors
 
@@ -460,7 +460,7 @@ from distfl.recipes import Recipe
 torch.set_num_threads(1)
 exact_allocator()
 cap = Rlimit()
-spec = ModelSpec(4, 128, 4, 128, 1024)
+spec = ModelSpec(4, 192, 6, 128, 1024)
 for name in sys.argv[2:]:
     for blocks, recipe in ((4, Recipe(8, 128)), (2, Recipe(4, 128, 2))):
         case = Case(spec, 8, "adamw", True, blocks, recipe, True, "exact", name)
@@ -510,7 +510,7 @@ def bias_of_the_mean(name: str) -> float:
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_updates_unless_one_factor_is_frozen():
-    assert bias_of_the_mean("lora") > 0.3
+    assert bias_of_the_mean("lora") > 0.2
     assert max(bias_of_the_mean("ffa_lora"), bias_of_the_mean("flora")) < 1e-5
     assert bias_of_the_mean("flexlora") < 1e-5  # products of rank 16 at most: these are as wide
 

@@ -31,8 +31,8 @@ def test_clients_stay_within_their_caps_and_near_their_predicted_peaks(distfl, c
     assert (len(trained) < len(reports)) == (name == "fedavg_exclusive")
     for report in trained:
         assert report["measured_peak_bytes"] <= report["memory_bytes"]
-        without_margin = report["predicted_peak_bytes"] - 1e6
-        assert abs(without_margin / report["measured_peak_bytes"] - 1) < 0.15  # of 3 MB and more: pages and tables count here
+        apart = report["predicted_peak_bytes"] - 1e6 - report["measured_peak_bytes"]  # without the margin
+        assert abs(apart) < max(0.05 * report["measured_peak_bytes"], 1e6), report
         assert 0 < report["flops"] <= report["predicted_flops"]
     depth = json.loads((run / "manifest.json").read_text())["depth"]
     assert depth == 4 or name in ("allsmall", "heterofl", "fedhm", "depthfl")

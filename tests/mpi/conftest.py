@@ -16,6 +16,7 @@ import yaml
 
 from distfl.family import write_weights
 from distfl.files import write_json
+from distfl.forking import START
 from distfl.model import ModelSpec, initial_tensors
 from distfl.pretrain import train_tokenizer
 
@@ -23,6 +24,12 @@ WORDS = ("the of and to in that it was his he with as for had is at on her by no
 PLAIN = dict.fromkeys(("micro_batches", "loss_chunks", "recompute", "fused_update"), "off")
 AUTO = [f"levers.{lever}=auto" for lever in PLAIN]
 SHAPE = {"width": 64, "heads": 2, "context": 64, "vocabulary": 512}
+
+
+@pytest.fixture(autouse=True)
+def start_of_ranks(request, monkeypatch):
+    """Forked, which takes a third of the time, but where a test file says START_OF_RANKS = "plain"."""
+    monkeypatch.setenv(START, getattr(request.module, "START_OF_RANKS", "fork"))
 
 
 @pytest.fixture(scope="session")

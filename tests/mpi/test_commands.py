@@ -6,6 +6,7 @@ import sys
 import pytest
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
+START_OF_RANKS = "plain"
 
 
 def lines(path) -> list[dict]:

@@ -36,6 +36,7 @@ SMALLEST_PLUG_BYTES = 64 * 1024
 ROOM_BYTES = 96 * 1024  # for small blocks of each size
 SPARED_BYTES = 2**20  # for other threads, while the holes are looked for
 LARGE_PAGE_BYTES = 2 * 2**20
+LARGE_PAGES_FROM_BYTES = 16 * 2**20  # their rounding would show in a smaller client's peak
 _MADV_HUGEPAGE = 14  # linux/mman.h
 MOST_PLUGGED_BYTES = 2**30  # beyond this much of holes they are used rather than passed over
 TUNABLES = ("glibc.malloc.tcache_count=0", "glibc.malloc.arena_max=1")
@@ -179,7 +180,7 @@ def one_heap(expected_bytes: int = 0) -> Iterator[None]:
 
 def _large_pages(bytes_: int) -> None:
     """Let the next so many bytes of the heap be made in large pages; only whole ones, so that nothing more becomes resident."""
-    if bytes_ < LARGE_PAGE_BYTES:
+    if bytes_ < LARGE_PAGES_FROM_BYTES:
         return
     malloc, free = _malloc_and_free()
     if (start := malloc(bytes_)) is None:  # refused: its client will not get far

@@ -146,10 +146,7 @@ def _train_on_ranks(config: TrainConfig, options: argparse.Namespace, arguments:
     if config.transport.name != "torch":
         flags = [*starting.flags(config.launch.start, options.ranks), *launching.recovery_flags(config.faults.recover)]
     launching.say(f"starting {options.ranks} ranks")
-    begun_before = folder.begun_at()
-    code = launching.run_ranks(
-        options.ranks, arguments, stop, config.transport.name, flags, lambda: folder.begun_at() not in (None, begun_before)
-    )
+    code = launching.run_ranks(options.ranks, arguments, stop, config.transport.name, flags, folder.beginning())
     if code == EXIT_INTERRUPTED:
         launching.say(f"interrupted {folder.how_to_go_on()}")
     if code == 0 and not folder.is_finished:  # mpirun says so when it is ended from outside, or all ranks are killed
@@ -266,7 +263,7 @@ def _run_audited(config: str, overrides: list[str], ranks: int) -> tuple[Path, i
     folder = RunFolder(loaded)
     folder.check(resume=False)
     flags = [*starting.flags(loaded.launch.start, ranks), *monitoring_flags(links_prefix(folder.path))]
-    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=flags)
+    return folder.path, launching.run_ranks(ranks, ["train", config, *overrides], flags=flags, has_begun=folder.beginning())
 
 
 def _scale(options: argparse.Namespace, arguments: list[str]) -> int:

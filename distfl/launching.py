@@ -29,9 +29,8 @@ TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
 MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
 SECONDS_TO_END_TOGETHER = 10  # from the end of the first rank that refuses to start to that of the last one
-START_POLL_SECONDS = 0.5
+START_POLL_SECONDS = 0.2
 SECONDS_TO_ABORT = 5  # from an abort until mpirun is ended if it still waits for a rank
-SECONDS_TO_HANDLERS = 3  # from the start of mpirun until every rank surely handles signals
 
 
 def launcher() -> str | None:
@@ -241,23 +240,26 @@ def run_ranks(
         stop: the request that SIGUSR1 may have made already.
         transport: "torch" has torchrun start them, anything else mpirun.
         flags: more of mpirun's.
-        has_begun: whether the ranks have met; until then a rank of this host that dies ends the others.
+        has_begun: whether the ranks have met; until then a rank of this host that dies ends the others, and SIGUSR1 waits.
 
     Returns:
         The exit code; 128 + the signal's number where SIGINT, SIGTERM or SIGHUP ended the ranks.
     """
-    process, began, ending, by_torchrun = None, time.monotonic(), [], transport == "torch"
+    process, ending, to_stop, by_torchrun = None, [], False, transport == "torch"
+    held = not by_torchrun  # SIGUSR1 would kill a rank that does not handle it yet
     # torchrun would hand SIGINT on to the ranks, and all of them would speak of it
     to_terminate = (signal.SIGHUP, signal.SIGINT) if by_torchrun else (signal.SIGHUP,)
 
     def pass_on(number: int, _frame: object = None) -> None:
-        if number != signal.SIGUSR1:
+        nonlocal to_stop
+        if number == signal.SIGUSR1:
+            to_stop = True
+            if held:
+                return
+        else:
             ending.append(number)
-        if process is None:
-            return
-        if number == signal.SIGUSR1 and not by_torchrun:  # it would kill what does not handle it yet
-            time.sleep(max(0, began + SECONDS_TO_HANDLERS - time.monotonic()))
-        process.send_signal(signal.SIGTERM if number in to_terminate else number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM if number in to_terminate else number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -274,6 +276,9 @@ def run_ranks(
     if ending:
         process.send_signal(ending[-1])
     _end_incomplete_start(process, has_begun)
+    held = False
+    if to_stop and not by_torchrun:
+        pass_on(signal.SIGUSR1)
     code = process.wait()
     if ending and code not in (0, EXIT_REQUEUE):
         return 128 + ending[0]

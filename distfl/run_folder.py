@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -157,12 +157,17 @@ class RunFolder:
                 "restore its checkpoints, or start anew in another run.folder",
             )
 
-    def begun_at(self) -> int | None:
+    def _begun_at(self) -> int | None:
         """When the run was begun or resumed last, once all ranks had proven what they must, in ns; None where it never was."""
         try:
             return (self.path / "manifest.json").stat().st_mtime_ns
         except OSError:
             return None
+
+    def beginning(self) -> Callable[[], bool]:
+        """What tells whether the run was begun or resumed after this call."""
+        before = self._begun_at()
+        return lambda: self._begun_at() not in (None, before)
 
     @property
     def is_finished(self) -> bool:

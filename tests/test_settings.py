@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from distfl import settings
-from distfl.config import PretrainConfig, TrainConfig
+from distfl.config import CompareConfig, PretrainConfig, TrainConfig
 from distfl.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,8 @@ def load(tmp_path):
 
 
 def schema_of(path: Path) -> type:
-    return TrainConfig if "fleet" in yaml.safe_load(path.read_text()) else PretrainConfig
+    keys = yaml.safe_load(path.read_text())
+    return TrainConfig if "fleet" in keys else CompareConfig if "scenarios" in keys else PretrainConfig
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

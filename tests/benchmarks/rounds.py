@@ -186,7 +186,7 @@ def run_job(folder: Path, config: Path, ranks: int, start: str, *overrides: str)
         while process.poll() is None:
             if started is None and (run / "config.yaml").exists():
                 started = time.monotonic() - began
-            if started is not None:
+            if started is not None and not counted_rounds_began(run):  # to look at 64 processes costs much
                 pss_mb = max(pss_mb, total_pss_mb(str(run)))
             if time.monotonic() - began > LONGEST_SECONDS:
                 process.terminate()
@@ -197,6 +197,11 @@ def run_job(folder: Path, config: Path, ranks: int, start: str, *overrides: str)
     used = [json.loads(path.read_text()) for path in spent.iterdir()]
     share = sum(one["waiting"] for one in used) / sum(one["all"] for one in used)
     return Job(seconds[2:-1], started, pss_mb, share)
+
+
+def counted_rounds_began(run: Path) -> bool:
+    """Whether the first round has ended, which does not count."""
+    return (run / "rounds.jsonl").exists() and len((run / "rounds.jsonl").read_text().splitlines()) > 1
 
 
 def total_pss_mb(run: str) -> float:

@@ -65,8 +65,8 @@ def test_output_and_gradients_are_those_of_the_plain_formula(shape, targets, out
 
 
 def test_output_and_gradients_are_those_of_peft():
-    # An optional dependency: `pip install peft`, or PYTHONPATH at a folder that holds it.
-    peft = pytest.importorskip("peft")
+    import peft  # takes seconds
+
     for target, inputs, outputs in (("proj", 7, 7), ("fc1", 7, 28), ("fc2", 28, 7)):
         layer = adapted((target,), inputs, outputs, rank=3, scale=4 / 3)
         base = torch.nn.Linear(inputs, outputs)

@@ -13,6 +13,9 @@ NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") 
 BUDGETS = ["model.depths=[2,4]", "fleet.groups.0.memory_mb=5.5", "fleet.groups.1.memory_mb=16", *AUTO]
 # whose merge is more than a mean of whole tensors
 OTHER_MERGES = ("hetlora", "flexlora", "flora", "heterofl", "fedhm", "depthfl")
+MEGA = 10**6
+# bytes of heap that are now and then used after all, so that the peak is lower: the logits leave one hole, further classifiers more
+HOLES = {"depthfl": 2 * MEGA}
 
 
 def overrides(name: str, *more: str) -> list[str]:
@@ -31,8 +34,9 @@ def test_clients_stay_within_their_caps_and_near_their_predicted_peaks(distfl, c
     assert (len(trained) < len(reports)) == (name == "fedavg_exclusive")
     for report in trained:
         assert report["measured_peak_bytes"] <= report["memory_bytes"]
-        apart = report["predicted_peak_bytes"] - 1e6 - report["measured_peak_bytes"]  # without the margin
-        assert abs(apart) < max(0.05 * report["measured_peak_bytes"], 1e6), report
+        apart = report["predicted_peak_bytes"] - MEGA - report["measured_peak_bytes"]  # without the margin
+        allowed = 0.05 * report["measured_peak_bytes"]
+        assert -allowed < apart < max(allowed, HOLES.get(name, MEGA)), report
         assert 0 < report["flops"] <= report["predicted_flops"]
     depth = json.loads((run / "manifest.json").read_text())["depth"]
     assert depth == 4 or name in ("allsmall", "heterofl", "fedhm", "depthfl")
@@ -41,7 +45,7 @@ def test_clients_stay_within_their_caps_and_near_their_predicted_peaks(distfl, c
 @pytest.mark.parametrize("name", OTHER_MERGES)
 def test_any_number_of_ranks_and_either_collective_give_the_same_bits(distfl, config, tmp_path, name):
     models = {"gather": set(), "reduce": set()}
-    for collective, ranks in (("gather", None), ("gather", 4), ("reduce", 3), ("reduce", 4)):
+    for collective, ranks in (("gather", None), ("gather", 3), ("reduce", None), ("reduce", 4)):
         run = tmp_path / f"{collective}-{ranks}"
         done = distfl("train", config, *overrides(name, "rounds=1", f"transport.collective={collective}", f"run.folder={run}"), ranks=ranks)
         assert done.returncode == 0, done.stderr

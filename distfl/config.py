@@ -211,6 +211,7 @@ class RunConfig:
     folder: str = "runs/default"
     checkpoint_every: int = 1  # rounds
     keep_checkpoints: int = 2
+    picture: bool = True  # draw summary.png at the end
     keep_ledgers: bool = False  # every rank writes all it counted to ledgers/ at its end: what `distfl audit` reads
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
 MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
 SECONDS_TO_END_TOGETHER = 10  # from the end of the first rank that refuses to start to that of the last one
-START_POLL_SECONDS = 0.2
+START_POLL_SECONDS = 0.05  # a rank that dies at once must have been seen
 SECONDS_TO_ABORT = 5  # from an abort until mpirun is ended if it still waits for a rank
 
 
@@ -186,7 +186,7 @@ def _end_incomplete_start(process: subprocess.Popen, has_begun: Callable[[], boo
     seen: set[int] = set()
     complete_at = time.monotonic()
     while process.poll() is None and not has_begun():
-        seen |= (living := _ranks_of(process.pid))
+        seen |= (living := _ranks_of(process.pid, seen))
         if seen == living:
             complete_at = time.monotonic()
         elif time.monotonic() - complete_at > SECONDS_TO_END_TOGETHER:
@@ -196,15 +196,15 @@ def _end_incomplete_start(process: subprocess.Popen, has_begun: Callable[[], boo
         time.sleep(START_POLL_SECONDS)
 
 
-def _ranks_of(mpirun: int) -> set[int]:
-    """Processes of this host that mpirun has started as ranks."""
+def _ranks_of(mpirun: int, known: set[int]) -> set[int]:
+    """Processes of this host that mpirun has started as ranks; those that are known to be some need not be looked at."""
     found = set()
     with suppress(OSError):
         for listing in Path(f"/proc/{mpirun}/task").glob("*/children"):
-            for child in listing.read_text().split():
+            for child in map(int, listing.read_text().split()):
                 with suppress(OSError):
-                    if f"\0{RANK_VARIABLES[0]}=".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-                        found.add(int(child))
+                    if child in known or f"\0{RANK_VARIABLES[0]}=".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                        found.add(child)
     return found
 
 

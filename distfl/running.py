@@ -35,6 +35,7 @@ from distfl.transport.base import Transport
 if TYPE_CHECKING:
     from distfl.family import Family
     from distfl.jobs import Job
+    from distfl.reporting import Run
     from distfl.run_folder import RunFolder
 
 WHAT_BECOMES = {
@@ -221,11 +222,19 @@ def _serve_to_the_end(job: Job, state: RankState, server: ServerState, ranks: li
     dismiss(state.transport, finished)
     _keep_ledger(state)
     print(f"\n{text}\n", flush=True)
+    if job.config.run.picture:
+        _draw(run)
+    return 0
+
+
+def _draw(run: Run) -> None:
+    """The picture; the run is done and its model is safe, whatever ails the drawing."""
+    from distfl import reporting
+
     try:
         print(f"picture: {reporting.picture(run)}", flush=True)
-    except Exception as error:  # the run is done and its model is safe, whatever ails the drawing
-        print(f"distfl: no picture: {type(error).__name__}: {error}; try `distfl report {folder.path}`", file=sys.stderr, flush=True)
-    return 0
+    except Exception as error:
+        print(f"distfl: no picture: {type(error).__name__}: {error}; try `distfl report {run.folder}`", file=sys.stderr, flush=True)
 
 
 def run_pretraining(options: argparse.Namespace, launched: bool) -> int:

@@ -132,11 +132,11 @@ def _head_gradients(
     for start in range(0, len(targets), chunk):
         parts = [x[start : start + chunk].detach().requires_grad_(wanted) for x in rows]
         loss += _backward_of_loss(heads, parts, targets[start : start + chunk], scale, mutual)
-        for place, part in enumerate(parts):
+        for place in range(len(parts)):  # no name for a part: its gradient would live on and split the heap for the next chunk
             if in_chunks:
-                gradients[place][start : start + chunk] = part.grad
+                gradients[place][start : start + chunk] = parts[place].grad
             else:
-                gradients[place] = part.grad
+                gradients[place] = parts[place].grad
     return loss, [gradient.view(shape) if wanted else None for gradient in gradients]
 
 

@@ -26,7 +26,8 @@ def test_predicted_peaks_are_the_measured_ones(seed, tmp_path):
     found = [json.loads(text) for text in (tmp_path / "out" / "calibration.jsonl").read_text().splitlines()]
     assert len(found) == 24 and (tmp_path / "out" / "calibration.png").stat().st_size > 10_000
     errors = sorted(case["error"] for case in found)
-    assert errors[0] > -0.03, done.stdout  # too low means a client that runs into its cap
+    for case in found:  # too low means a client that runs into its cap; of the smallest clients, 3 % are a few dozen pages
+        assert case["error"] > -0.03 or case["measured_bytes"] - case["predicted_bytes"] < 250_000, done.stdout
     # the hole that the logits leave is now and then used after all, and the prediction that much too high
     assert errors[-1] < 0.15 and errors[-6] < 0.05, done.stdout
     assert sorted(map(abs, errors))[12] < 0.02, done.stdout

@@ -69,13 +69,13 @@ def config(tmp_path, corpus, family):
     values = {
         "rounds": 2,
         "seed": 3,
-        "run": {"folder": str(tmp_path / "run")},
+        "run": {"folder": str(tmp_path / "run"), "picture": False},
         "data": {
             "corpus": "json",
             "path": str(corpus),
             "client_column": "who",
             "minimum_characters": 100,
-            "cache": str(tmp_path / "cache"),
+            "cache": str(corpus.parent / "cache"),
         },
         "model": {"family": str(family), "depths": [4]},
         "fleet": {"groups": [{"name": "weak", "memory_mb": 14, "share": 0.5}, {"name": "strong", "memory_mb": 40, "share": 0.5}]},

@@ -24,7 +24,7 @@ def test_plan_names_depth_windows_and_slack_and_trains_nothing(distfl, config, t
 
 def test_a_run_can_be_reported_scored_and_exported(distfl, config, tmp_path):
     run = tmp_path / "run"
-    done = distfl("train", config)
+    done = distfl("train", config, "run.picture=true")
     assert done.returncode == 0, done.stderr
     table = (run / "summary.txt").read_text()
     assert table in done.stdout

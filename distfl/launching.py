@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 TORCH_SIZE_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 TORCH_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
+MPIRUN_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"  # of Open MPI 5's mpirun, on its own host
 MPI_REPORTS_LOSSES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm, for every rank
 SECONDS_TO_END_TOGETHER = 10  # from the end of the first rank that refuses to start to that of the last one
 START_POLL_SECONDS = 0.05  # a rank that dies at once must have been seen
@@ -267,19 +269,22 @@ def run_ranks(
     command = torchrun_command(ranks, arguments) if by_torchrun else mpirun_command(ranks, arguments, flags)
     if by_torchrun:
         hold_signals()  # torchrun and its ranks inherit that: none of them is killed before it handles the signal
-    # in a process group of its own: Ctrl-C comes from here, once, and a second one would make mpirun drop its ranks
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, env=os.environ | _rank_environment())
-    signal.signal(signal.SIGUSR1, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-    if stop is not None and stop():
-        pass_on(signal.SIGUSR1)
-    if ending:
-        process.send_signal(ending[-1])
-    _end_incomplete_start(process, has_begun)
-    held = False
-    if to_stop and not by_torchrun:
-        pass_on(signal.SIGUSR1)
-    code = process.wait()
+    # mpirun's own files: by default in /tmp, named after its process number, where those of one that was killed stop a later one
+    with tempfile.TemporaryDirectory(prefix="distfl-mpirun-", ignore_cleanup_errors=True) as folder:
+        environment = {MPIRUN_FOLDER: folder} | os.environ | _rank_environment()
+        # in a process group of its own: Ctrl-C comes from here, once, and a second one would make mpirun drop its ranks
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, env=environment)
+        signal.signal(signal.SIGUSR1, pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        if stop is not None and stop():
+            pass_on(signal.SIGUSR1)
+        if ending:
+            process.send_signal(ending[-1])
+        _end_incomplete_start(process, has_begun)
+        held = False
+        if to_stop and not by_torchrun:
+            pass_on(signal.SIGUSR1)
+        code = process.wait()
     if ending and code not in (0, EXIT_REQUEUE):
         return 128 + ending[0]
     return code if code >= 0 else 128 - code

@@ -1,8 +1,10 @@
 """The main job with real ranks: same bits anywhere, caps that bite, resume, signals, bad input."""
 
 import json
+import os
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -322,6 +324,19 @@ def test_of_two_starts_at_once_one_is_refused(distfl, config, tmp_path):
     assert sorted(process.returncode for process in both) == [0, 2], errors
     assert (tmp_path / "run" / "finished").exists()
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_a_killed_mpirun_left_behind_does_not_stop_another_of_its_number(distfl, config, tmp_path, monkeypatch):
+    # Open MPI names the folder of its own files after its process number, and fails where its file is there already
+    temporary = tmp_path / "tmp"
+    for number in range(os.getpid() + 1, os.getpid() + 3000):
+        left = temporary / f"ompi.{number}"
+        left.mkdir(parents=True)
+        (left / f"pmix.{socket.gethostname().partition('.')[0]}.tool").touch()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    done = distfl("train", config, "rounds=1", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert not list(temporary.glob("distfl-*"))
 
 
 @pytest.mark.parametrize("ranks", [None, 3])

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").iterdir()), ROOT / "slurm" / "train.sbatch", ROOT / ".ci" / "run"]
 TOOLS = "/usr/local/bin:/usr/bin:/bin"
 
+PYTEST = "[-m] [pytest] [-n] [logical] [--maxprocesses] [4] [--dist] [worksteal]"  # the tests side by side
+
 
 def script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,8 +253,9 @@ def test_launchers_pass_arguments_and_exit_code_on(launchers, tmp_path):
     assert told("launch/mpirun", "4", "plan", "x.yaml") == f"distfl in {tmp_path}: [plan] [x.yaml] [--ranks] [4]"
     assert told("launch/torchrun", "4", "train", "x.yaml") == f"distfl in {tmp_path}: [train] [x.yaml] [transport.name=torch] [--ranks] [4]"
     assert told("launch/check") == f"distfl in {tmp_path}: [doctor]"
-    assert told("launch/test", "-k", "a b") == f"python in {launchers}: [-m] [pytest] [-k] [a b]"
-    assert told("launch/test", CI="true") == f"python in {launchers}: [-m] [pytest] [--color=no] [-p] [no:cacheprovider]"
+    pytest_ = f"python in {launchers}: {PYTEST}"
+    assert told("launch/test", "-k", "a b") == f"{pytest_} [-k] [a b]"
+    assert told("launch/test", CI="true") == f"{pytest_} [--color=no] [-p] [no:cacheprovider]"
 
 
 def test_launchers_work_through_a_link(launchers, tmp_path):
@@ -271,7 +274,7 @@ def test_ci_runs_the_tests_from_anywhere(launchers, tmp_path):
     shutil.copytree(ROOT / ".ci", launchers / ".ci")
     result = run([launchers / ".ci" / "run"], tmp_path)
     assert result.returncode == 7
-    assert f"python in {launchers}: [-m] [pytest] [--color=no]" in result.stdout
+    assert f"python in {launchers}: {PYTEST} [--color=no]" in result.stdout
 
 
 # --- slurm/train.sbatch, with a fake distfl and scontrol (test_slurm.py does it with a real Slurm) ---

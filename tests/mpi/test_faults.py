@@ -122,6 +122,25 @@ def test_one_rank_of_eight_killed_in_every_phase(dying, undisturbed, collective)
     assert twice > 1.5 * once  # what was sent again counts, in its round
 
 
+def test_a_client_whose_weights_are_not_numbers_is_left_out_of_its_round(dying, undisturbed):
+    run, done = dying(3, [[2, "training", ["client 5"], "NAN"]])
+    assert done.returncode == 0 and "left out" in done.stdout, done.stderr
+    bad = [report for report in _lines(run, "clients.jsonl") if not report["ok"]]
+    assert [(report["round"], report["client"], report["cause"]) for report in bad] == [(2, 5, "not_finite")]
+    assert _newest(run)[1] != undisturbed()[4] and (run / "finished").exists()
+
+
+def test_a_disk_that_is_full_costs_work_and_no_bits(distfl, config, dying, undisturbed):
+    # nobody ever trains block 0, and 10 steps of 16 rows pass a client's rows again and again: its outputs are worth being kept
+    kept = [f"levers.{lever}=auto" for lever in ("micro_batches", "loss_chunks", "recompute", "fused_update")]
+    kept += ["levers.prefix_features=on", "fleet.groups.0.memory_mb=4.6", "fleet.groups.1.memory_mb=5.3", "training.steps=10", "rounds=2"]
+    run, done = dying(3, [[1, "training", [1, 2], "FULL"]], *kept)
+    assert done.returncode == 0 and all(report["ok"] for report in _lines(run, "clients.jsonl")), done.stderr
+    assert _newest(run) == (2, undisturbed(*kept)[2])
+    full, roomy = (sum(report["flops"] for report in _lines(folder, "clients.jsonl")) for folder in (run, run.with_name("undisturbed")))
+    assert full > roomy
+
+
 @pytest.mark.parametrize(
     "collective, fates",
     [

@@ -34,6 +34,7 @@ from functools import cache
 MAPPED_FROM_BYTES = 32 * 1024
 SMALLEST_PLUG_BYTES = 64 * 1024
 ROOM_BYTES = 96 * 1024  # for small blocks of each size
+SLIVERS = {32: 1024, 48: 256, 64: 256, 80: 256}  # sizes of what is left free beside an aligned tensor: blocks that a client needs
 SPARED_BYTES = 2**20  # for other threads, while the holes are looked for
 LARGE_PAGE_BYTES = 2 * 2**20
 LARGE_PAGES_FROM_BYTES = 16 * 2**20  # their rounding would show in a smaller client's peak
@@ -80,15 +81,25 @@ def exact_allocator() -> None:
     mallopt(_M_MXFAST, 0)
     mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
     mallopt(_M_TRIM_THRESHOLD, MAPPED_FROM_BYTES)
-    _make_room_for_small_blocks()
+    _make_room_for_small_blocks({size: max(4, ROOM_BYTES // size) for size in _SMALL_SIZES})
 
 
-def _make_room_for_small_blocks() -> None:
-    """Leave free blocks of every small size in the heap, which never merge."""
+def renew_room() -> None:
+    """Make up for what MPI's start has taken for good of the room for the smallest blocks.
+
+    Where no other block of such a size is left, one beside a tensor is taken, and the tensors' holes no longer merge. To be
+    called once, when nothing but clients is still to come: every rank holds what is made here for itself.
+    """
+    if is_prepared() and _function("malloc") is not None:
+        _make_room_for_small_blocks(SLIVERS)
+
+
+def _make_room_for_small_blocks(counts: dict[int, int]) -> None:
+    """Leave so many free blocks of these sizes in the heap, which never merge."""
     malloc, free = _malloc_and_free()
     blocks = []
-    for size in _SMALL_SIZES:
-        for _ in range(max(4, ROOM_BYTES // size)):
+    for size, count in counts.items():
+        for _ in range(count):
             blocks.append(malloc(size - _HEADER_BYTES))
             malloc(1)  # stays
     for block in blocks:

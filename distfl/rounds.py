@@ -29,7 +29,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 from distfl import settings
-from distfl.allocator import collect_garbage
+from distfl.allocator import collect_garbage, renew_room
 from distfl.caps.base import MemoryCap
 from distfl.caps.choice import make_cap
 from distfl.caps.process import Peak
@@ -107,6 +107,7 @@ def join(transport: Transport) -> tuple[RankState, MemoryCap] | None:
         lost_ranks(config.faults, transport)  # refuses what it cannot be
         if state.residuals:
             state.residuals.check(message["mark"])
+        renew_room()  # before the cap counts what is free
         cap = make_cap(config.memory.enforce)
         for budget in message["budgets"]:
             cap.prove(budget)

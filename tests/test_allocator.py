@@ -248,3 +248,42 @@ def test_a_refused_allocation_does_not_move_a_thread_to_another_heap():
     environment = clean() | allocator.environment() | {"PYTHONPATH": str(Path(allocator.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     assert int(done.stdout) >= 2**23 - 2**20  # the one heap has grown for it
+
+
+EATEN = """
+import ctypes, sys
+from distfl.allocator import exact_allocator, fresh_heap, one_heap, renew_room
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.aligned_alloc.restype, libc.aligned_alloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
+libc.sbrk.restype = ctypes.c_void_p
+exact_allocator()
+SIZES, LARGE = (24, 40), 2**18
+for size in SIZES:
+    for _ in range(20_000):
+        libc.malloc(size)
+if "renewed" in sys.argv:
+    renew_room()
+with fresh_heap(), one_heap():
+    tensors = []
+    for _ in range(50):
+        tensors.append(libc.aligned_alloc(64, LARGE))
+        for size in SIZES:
+            libc.malloc(size)
+    full = libc.sbrk(0)
+    for tensor in tensors:
+        libc.free(tensor)
+    libc.malloc(50 * LARGE - 2**16)
+    sys.stdout.write(str(libc.sbrk(0) - full))
+"""
+
+
+@needs_linux
+@needs_glibc
+def test_small_blocks_stay_out_of_the_tensors_heap_though_their_room_was_used_before():
+    environment = clean() | allocator.environment() | {"PYTHONPATH": str(Path(allocator.__file__).parents[1])}
+    grown = [
+        int(subprocess.run([sys.executable, "-c", EATEN, *words], env=environment, capture_output=True, check=True, timeout=60).stdout)
+        for words in ([], ["renewed"])
+    ]
+    assert grown[0] > 10 * 2**20 and grown[1] == 0

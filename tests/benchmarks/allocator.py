@@ -26,7 +26,7 @@ def defaults() -> None:
 
 def mapped() -> None:
     """Large blocks mapped and unmapped one by one."""
-    allocator._make_room_for_small_blocks = lambda: None
+    allocator._make_room_for_small_blocks = lambda counts: None
 
 
 def heap() -> None:
@@ -37,7 +37,7 @@ def heap() -> None:
 
 def merged() -> None:
     """One heap, thread cache and fast bins off: freed slivers merge at once."""
-    allocator._make_room_for_small_blocks = lambda: None
+    allocator._make_room_for_small_blocks = lambda counts: None
 
 
 def room() -> None:

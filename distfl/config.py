@@ -198,10 +198,12 @@ class EvaluationConfig:
 
     every: int = 1  # rounds; the first and the last are always evaluated
     batch: int = 16
+    sequences: int | None = None  # of each client's held-out text, from its start; null: all
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
         require(self.batch >= 1, "evaluation.batch", self.batch, "at least 1")
+        require(self.sequences is None or self.sequences >= 1, "evaluation.sequences", self.sequences, "at least 1, or null for all")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ number of ranks, so the merged model is the same, bit for bit (but for ``transpo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -384,17 +385,20 @@ def _distribute_to_client(state: RankState) -> None:
 
 def _own_scores(state: RankState) -> list[tuple[int, list]]:
     """(client, score) of this rank's share of the test shards: spread over all ranks by test tokens."""
+    context, config = state.spec.context, state.config.evaluation
+    most = math.inf if config.sequences is None else config.sequences * context
+    tokens = [min(shard.test_tokens, most) for shard in state.shards.shards]
     load = [0] * state.transport.size
     mine = []
-    for client in sorted(range(len(state.shards.shards)), key=lambda c: (-state.shards.shards[c].test_tokens, c)):
+    for client in sorted(range(len(tokens)), key=lambda c: (-tokens[c], c)):
         rank = load.index(min(load))
-        load[rank] += state.shards.shards[client].test_tokens
+        load[rank] += tokens[client]
         if rank == state.transport.rank:
             mine.append(client)
     model = filled(state.structure, state.replica.tensors)
     scores = []
     for client in mine:
-        score = evaluate(model, _attended(state, state.shards.test(client, state.spec.context).in_order(state.config.evaluation.batch)))
+        score = evaluate(model, _attended(state, state.shards.test(client, context).in_order(config.batch, config.sequences)))
         scores.append((client, [score.loss_sum, score.correct, score.tokens]))
     return scores
 

@@ -316,8 +316,9 @@ def score_run(folder: Path) -> dict:
     if shards.checksum != run.manifest["tokens_checksum"]:
         raise DataError(f"evaluation of {folder}", "the data differs from that of the run", "restore the data the run was made with")
     model, total, groups = build_model(method, spec, tensors), Score(0.0, 0, 0), {}
+    batch, most = run.config.evaluation.batch, run.config.evaluation.sequences
     for client, group in enumerate(run.manifest["groups"].values()):
-        score = evaluate(model, shards.test(client, spec.context).in_order(run.config.evaluation.batch))
+        score = evaluate(model, shards.test(client, spec.context).in_order(batch, most))
         total, groups[group] = total + score, groups.get(group, Score(0.0, 0, 0)) + score
     return {
         "loss": total.loss,

@@ -99,10 +99,11 @@ class Sequences:
         if isinstance(self.tokens.base, mmap.mmap):
             self.tokens.base.madvise(mmap.MADV_DONTNEED)
 
-    def in_order(self, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All rows once, in order, in batches of at most ``batch`` rows."""
-        for start in range(0, len(self), batch):
-            yield self.batch(range(start, min(start + batch, len(self))))
+    def in_order(self, batch: int, most: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All rows once, or the first ``most``, in order, in batches of at most ``batch`` rows."""
+        rows = len(self) if most is None else min(most, len(self))
+        for start in range(0, rows, batch):
+            yield self.batch(range(start, min(start + batch, rows)))
 
 
 def build(texts: Iterable[tuple[str, list[str], list[str]]], tokenizer: Tokenizer, key: str, cache: Path) -> ShardIndex:

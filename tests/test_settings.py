@@ -181,6 +181,7 @@ def test_a_wrong_type_is_refused_with_its_key(load, override):
         "training.momentum=1",
         "data.test_fraction=1",
         "evaluation.every=0",
+        "evaluation.sequences=0",
         "run.keep_checkpoints=0",
         "fleet.participants=0",
         "training.epochs=1",

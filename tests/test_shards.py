@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,14 @@ def test_batches_reassemble_the_stream(length, context, batch):
         rows += len(batch_inputs)
     assert rows == len(data) == (length - 1 + context - 1) // context if length > 1 else rows == len(data) == 0
     assert inputs == list(range(1, length)) and targets == list(range(2, length + 1))  # every token but the first is a target once
+
+
+@settings(deadline=None)
+@given(length=st.integers(0, 60), batch=st.integers(1, 9), most=st.integers(1, 20))
+def test_the_first_rows_only(length, batch, most):
+    data = Sequences(stream(length), 4)
+    whole = [row for inputs, _ in data.in_order(1) for row in inputs.tolist()]
+    assert [row for inputs, _ in data.in_order(batch, most) for row in inputs.tolist()] == whole[:most]
 
 
 def test_rows_by_hand():
@@ -194,13 +204,15 @@ def test_pages_of_a_large_shard_do_not_stay_with_the_client(tmp_path):
     np.arange(12_000_000, dtype=np.uint32).astype(TOKEN).tofile(tmp_path / "tokens.bin")
     data = ShardIndex(str(tmp_path), "", (Shard("client", 0, 12_000_000, 0),)).train(0, 128)
     data.batch([0])
-    before = file_pages()
     for start in range(0, len(data), len(data) // 100):
         assert data.batch([start])[0][0, 1] == (start * 128 + 1) % 2**16
-    assert file_pages() - before < 500_000
+    assert resident_bytes_of(tmp_path / "tokens.bin") < 500_000
 
 
-def file_pages() -> int:
-    """Bytes of files that are mapped and resident in this process."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile:"))
+def resident_bytes_of(path: Path) -> int:
+    """Bytes of a mapped file that are resident in this process."""
+    with open("/proc/self/smaps") as file:
+        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", file.read(), flags=re.MULTILINE)
+    found = [mapping for mapping in mappings if mapping.splitlines()[:1] and mapping.splitlines()[0].endswith(str(path))]
+    assert found
+    return sum(int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1]) * 1024 for mapping in found)

@@ -619,6 +619,32 @@ def test_a_narrow_model_sees_sums_of_the_usual_size():
     torch.testing.assert_close(outputs(method, shared, x, plan[0]), outputs(method, shared, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("round", [1, 2, 3, 50, 65])
+def test_a_rolling_model_is_the_leading_one_of_channels_that_were_rolled(round):
+    still, rolling = (load_method(name, {"widths": [0.25]}) for name in ("heterofl", "fedrolex"))
+    work, shared = work_of("fedrolex", {"widths": [0.25]}), pretrained()
+    (order,) = rolling.plan(round, [client(0)], work, {})
+    heads, hidden = -8 * ((round - 1) % 2), -((round - 1) % 64)  # 2 heads of 8, 64 hidden channels, of which 16 are held
+    rolled = {}
+    for n, tensor in shared.items():
+        if ".qkv." in n:
+            rolled[n] = tensor.view(3, 16, *tensor.shape[1:]).roll(heads, 1).reshape(tensor.shape)
+        elif ".fc1." in n:
+            rolled[n] = tensor.roll(hidden, 0)
+        else:
+            rolled[n] = tensor.roll({"proj.weight": heads, "fc2.weight": hidden}.get(n.partition(".")[2].partition(".")[2], 0), -1)
+    (leading,) = still.plan(round, [client(0)], work, {})
+    assert held(rolling, shared, order).keys() == held(still, rolled, leading).keys()
+    assert all(torch.equal(tensor, held(still, rolled, leading)[n]) for n, tensor in held(rolling, shared, order).items())
+    x = tokens(2, 8, 40)
+    assert torch.equal(outputs(rolling, shared, x, order), outputs(still, rolled, x, leading))
+    # what it sends lands where it came from
+    new = merge(rolling, work.costs.table, shared, [(order, trained(rolling, shared, order, 1))], order.weight)
+    again = merge(still, work.costs.table, rolled, [(leading, trained(still, rolled, leading, 1))], leading.weight)
+    assert all(torch.equal(tensor, held(rolling, new, order)[n]) for n, tensor in held(still, again, leading).items())
+    assert sum((new[n] != shared[n]).sum() for n in shared) == sum((again[n] != rolled[n]).sum() for n in shared) > 0
+
+
 def test_hetlora_weighs_by_the_norm_of_updates_and_pads_with_zeros():
     # one adapter beside a 2 x 2 matrix; client 0 of rank 2, client 1 of rank 1, norms of B A 3 and 1
     method = load_method("hetlora", {"ranks": [1, 2]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,10 +92,10 @@ def _budget(group: GroupConfig) -> Budget:
     return Budget(round(group.memory_mb * MEGA), *scaled)
 
 
-def participants(clients: list[Client], count: int | None, seed: int, round: int) -> list[Client]:
+def participants(clients: Sequence[Client], count: int | None, seed: int, round: int) -> list[Client]:
     """Clients of one round, in client order."""
     if count is None or count >= len(clients):
-        return clients
+        return list(clients)
     chosen = seeds.generator(seed, "participants", round).choice(len(clients), count, replace=False)
     return [clients[i] for i in sorted(chosen)]
 

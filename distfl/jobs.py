@@ -6,6 +6,7 @@ so that bad input costs no tokenising.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -43,6 +44,15 @@ class Job:
         """Formulas and learning rate of one round at the chosen depth."""
         return replace(workload(self.config, self.method, self.spec, round), stable_units=self.stable_units)
 
+    def participants(self, round: int) -> list[Client]:
+        """Clients of one round, in client order."""
+        return participants(self.candidates, self.config.fleet.participants, self.config.seed, round)
+
+    @cached_property
+    def candidates(self) -> Sequence[Client]:
+        """Of whom they are drawn."""
+        return self.method.candidates(self.clients, workload(self.config, self.method, self.spec, 1))
+
     @cached_property
     def stable_units(self) -> int:
         """Leading units that nobody trains in this run."""
@@ -61,6 +71,12 @@ def prepare(config: TrainConfig) -> Job:
             f"error feedback with the method {config.method.name}",
             "what a client trains means something else in every round, so what was lost of it cannot be added to the next",
             "set transport.error_feedback=off, or take a codec that is not biased (exact, bf16, int8, int4)",
+        )
+    if config.server.optimizer != "average" and method.derives:
+        raise ConfigError(
+            f"server.optimizer = {config.server.optimizer} with the method {config.method.name}",
+            "it makes shared tensors of others, which no longer belong together once each has gone a step of its own",
+            "set server.optimizer=average",
         )
     if method.ignores_budgets and config.memory.enforce != "report":
         raise ConfigError(
@@ -84,7 +100,7 @@ def _settled(job: Job) -> Job:
     if asked != "auto":
         return job
     workload = job.workload(1)
-    planned = job.method.plan(1, participants(job.clients, job.config.fleet.participants, job.config.seed, 1), workload, {})
+    planned = job.method.plan(1, job.participants(1), workload, {})
     collective, reason = choose(planned, [job.method.mean_unit(unit).bytes for unit in workload.costs.table.trainable])
     return replace(
         job, config=replace(job.config, transport=replace(job.config.transport, collective=collective)), collective_reason=reason

@@ -64,13 +64,20 @@ class Selection:
     excluded: dict[int, int]
 
 
-def select(clients: Sequence[Client], costs: Mapping[int, CostOf], allow_dropping: bool, most_blocks: int | None = None) -> Selection:
+def select(
+    clients: Sequence[Client],
+    costs: Mapping[int, CostOf],
+    allow_dropping: bool,
+    most_blocks: int | None = None,
+    someone_trains_all: bool = False,
+) -> Selection:
     """Choose the depth.
 
     Args:
         clients: the fleet.
         costs: depth -> cost function of that depth's model.
         most_blocks: no window is wider than this; None = the depth.
+        someone_trains_all: a depth is admissible only if a client can train all of its blocks.
 
     Raises:
         PlanError: no depth is admissible; says the smallest budgets that would do.
@@ -84,6 +91,15 @@ def select(clients: Sequence[Client], costs: Mapping[int, CostOf], allow_droppin
     admissible = [depth for depth in costs if averages[depth] > 0 and (allow_dropping or excluded[depth] == 0)]
     if not admissible:
         raise _nothing_fits(clients, costs, blocks)
+    if someone_trains_all:
+        most = {depth: max(blocks[depth].values()) for depth in admissible}
+        admissible = [depth for depth in admissible if most[depth] == depth]
+        if not admissible:
+            raise PlanError(
+                f"a depth of {sorted(costs)} of which some client can train every block",
+                "; ".join(f"of depth {depth}, {blocks} at most" for depth, blocks in most.items()),
+                "raise a budget of fleet.groups, lower training.batch, or add shallower depths to the family",
+            )
     depth = max(admissible, key=lambda candidate: (averages[candidate], candidate))
     reason = f"lets {len(clients)} clients train most blocks on average (ties go to the deeper model)"
     return Selection(depth, reason, blocks[depth], averages, excluded)

@@ -38,7 +38,7 @@ from distfl.checkpoints import ServerState
 from distfl.config import TrainConfig
 from distfl.errors import DistflError, RankLost, StartError
 from distfl.exchange import Exchange, MeanOf, make_exchange
-from distfl.fleet import participants, waves_of
+from distfl.fleet import waves_of
 from distfl.hosting import NOTHING, RankState, host, rank_state, rehearse
 from distfl.messages import Assignment, ClientReport, Fault, Place, RankStart, RoundResult, Score
 from distfl.model import ModelSpec, filled
@@ -199,11 +199,10 @@ def _serve_training(
     before_merge: BeforeMerge,
 ) -> Merged:
     """Train and merge. Besides the merged units nothing of the server's state changes here: it may have to be done again."""
-    transport, config = state.transport, job.config
+    transport = state.transport
     transport.broadcast_value({"order": "train", "round": round})
-    chosen = participants(job.clients, config.fleet.participants, config.seed, round)
     workload = job.workload(round)
-    planned = job.method.plan(round, chosen, workload, server.limits)
+    planned = job.method.plan(round, job.participants(round), workload, server.limits)
     lost = [assignment for assignment in planned if assignment.client in recovery.left_out]
     active = [assignment for assignment in planned if assignment.window is not None and assignment not in lost]
     _distribute_from_server(state)
@@ -248,7 +247,7 @@ def _take_over(state: RankState, server: ServerState, merged: Merged) -> None:
         if report.client in merged.downloads:
             server.now_holds(report.client, windows[report.client].units)
         if report.cause == "over_cap":
-            server.limits[report.client] = report.blocks - 1
+            server.limits[report.client] = min(server.limits.get(report.client, report.blocks), report.blocks) - 1
     for unit in merged.changed:
         state.replica.versions[unit] += 1
 

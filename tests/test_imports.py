@@ -20,10 +20,10 @@ ORDER = """
     transport.base checksums transport.local transport.control transport.mpi transport.torch_dist
     codecs.base codecs.bf16 codecs.int8 codecs.*
     encoding updates residuals
-    costs fleet planner lora
+    costs fleet planner lora singular
     caps.base caps.process caps.rlimit caps.cgroup caps.cuda caps.choice
     steps features training
-    methods.base methods.fedavg methods.lora methods.*
+    methods.base methods.fedavg methods.lora methods.heterofl methods.*
     aggregation server_optimizer checkpoints
     hosting exchange calibration
     recovery results rounds

@@ -32,8 +32,10 @@ from distfl.config import (
     TrainingConfig,
     TransportConfig,
 )
-from distfl.errors import DistflError, PlanError
+from distfl.costs import Cost
+from distfl.errors import ConfigError, DistflError, PlanError
 from distfl.fleet import Budget, Client
+from distfl.jobs import prepare
 from distfl.messages import Assignment
 from distfl.methods import fedhm, flexlora, hetlora
 from distfl.methods.base import Workload, build_model, load_method, table_of, workload
@@ -126,6 +128,71 @@ def test_every_plan_obeys_its_budgets(name, options):
 
 
 @pytest.mark.parametrize("name, options", CASES)
+def test_of_details_that_a_budget_admits_the_best_is_taken(name, options):
+    method, work, blocks = load_method(name, options), work_of(name, options), options.get("blocks", SPEC.depth)
+    window = method.window(work.costs.table, blocks)
+    for detail in method.details(SPEC, window):
+        cost = leanest(method, work, window, detail)
+        (found,) = method.plan(1, [client(0, budget=Budget(cost.peak.bytes, cost.upload_bytes, None))], work, {})
+        assert found.window == window and found.detail.items() >= detail.items()
+
+
+def leanest(method, work: Workload, window: Window, detail: dict) -> Cost:
+    """By the recipe of the lowest peak."""
+    recipes = work.recipes(client(0), work.costs.table.trained_blocks(window))
+    return min((method.cost_by(client(0), window, recipe, work, detail) for recipe in recipes), key=lambda cost: cost.peak.bytes)
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedhm", "fedrolex"])
+def test_what_nobody_holds_is_not_scored(name):
+    """No fleet that can train but parts of a model takes it, but where parts roll and all are held in turn."""
+    method, work = load_method(name, {}), work_of(name, {})
+    window = method.window(work.costs.table, SPEC.depth)
+    details = method.details(SPEC, window)
+    small, large = (Budget(leanest(method, work, window, detail).peak.bytes, None, None) for detail in (details[-1], details[0]))
+    weak, strong = client(0, budget=small), client(1, budget=large)
+    assert method.select([weak, strong], {3: work}).depth == 3
+    if name == "fedrolex":
+        assert method.select([weak, weak], {3: work}).depth == 3
+        return
+    with pytest.raises(PlanError) as refused:
+        method.select([weak, weak], {3: work})
+    assert "one can hold wholly" in refused.value.asked and "a part of 3" in refused.value.found
+
+
+def test_depthfl_takes_no_depth_whose_last_stage_nobody_trains():
+    method, works = load_method("depthfl", {}), {depth: work_of("depthfl", {}, depth) for depth in (2, 4)}
+    two = Budget(method.cost(client(0), method.window(works[4].costs.table, 2), works[4]).peak.bytes, None, None)
+    whole = Budget(method.cost(client(0), method.window(works[2].costs.table, 2), works[2]).peak.bytes, None, None)
+    weak = client(0, budget=max(two, whole, key=lambda budget: budget.memory_bytes))
+    assert method.select([weak], works).depth == 2 and method.select([weak, client(1)], works).depth == 4
+    with pytest.raises(PlanError, match="every block"):
+        method.select([weak], {4: works[4]})
+
+
+def test_rounds_of_the_strong_are_filled_with_the_strong():
+    method, work = load_method("fedavg_exclusive", {}), work_of("fedavg_exclusive", {})
+    fleet = [client(i, budget=UNLIMITED if i % 3 == 0 else Budget(1000, None, None)) for i in range(12)]
+    assert [c.id for c in method.candidates(fleet, work)] == [0, 3, 6, 9]
+    assert method.candidates(fleet, work) != load_method("caff", {}).candidates(fleet, work_of("caff", {})) == fleet
+
+
+@pytest.mark.parametrize("name, refused", [("flexlora", True), ("fedhm", True), ("flora", False), ("lora", False)])
+def test_a_server_optimizer_is_refused_where_shared_tensors_are_made_of_others(name, refused):
+    assert load_method(name, {}).derives == refused
+    if refused:
+        config = replace(config_of(name, {}), server=ServerConfig("momentum"))
+        with pytest.raises(ConfigError, match="server.optimizer"):
+            prepare(config)
+
+
+@pytest.mark.parametrize("name, options", [("lora", {"rank": 17}), ("flexlora", {"ranks": [2, 17]}), ("flora", {"ranks": [32]})])
+def test_a_rank_above_the_width_is_refused(name, options):
+    with pytest.raises(ConfigError, match="width, 16"):
+        work_of(name, options)
+
+
+@pytest.mark.parametrize("name, options", CASES)
 def test_a_chosen_depth_can_be_planned_and_what_nobody_can_train_is_refused(name, options):
     method = load_method(name, options)
     works = {depth: work_of(name, options, depth) for depth in (1, 2, 3)}
@@ -147,7 +214,14 @@ def test_a_client_that_ran_into_its_cap_trains_less_or_sits_out(name, options):
     (before,) = method.plan(1, [client(0)], work, {})
     trained = work.costs.table.trained_blocks(before.window)
     (after,) = method.plan(2, [client(0)], work, {0: trained - 1})
-    assert after.window is None or work.costs.table.trained_blocks(after.window) == trained - 1
+    details = method.details(work.costs.spec, before.window)
+    if after.window and work.costs.table.trained_blocks(after.window) == trained:  # the whole model, by the next detail
+        assert after.detail.items() >= details[1].items() and before.detail.items() >= details[0].items()
+        (last,) = method.plan(2, [client(0)], work, {0: trained - len(details)})
+        assert last.window is None
+    else:
+        assert len(details) == 1 or name in ("hetlora", "flexlora", "flora")
+        assert after.window is None or work.costs.table.trained_blocks(after.window) == trained - 1
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -684,6 +758,8 @@ def test_splits_are_the_best_of_their_rank_and_never_dead():
             left, right = fedhm.factored(low, 3)
             torch.testing.assert_close(left @ right, low, rtol=1e-4, atol=1e-4)
             assert all(torch.isfinite(tensor).all() for tensor in (up, down, left, right))
+            torch.testing.assert_close(down @ down.T, torch.eye(3), rtol=0, atol=1e-5)  # rows that can still learn
+            assert left.norm() > 0 and right.norm() > 0
             assert up.shape == (shape[0], 3) and down.shape == (3, shape[1])
 
 

@@ -76,6 +76,7 @@ class Method(ABC):
     source: ClassVar[str]  # paper, section
     ignores_budgets: bool = False  # True: plans beyond them on purpose, which only memory.enforce=report allows
     new_basis: ClassVar[bool] = False  # True: what a client trains means something else in every round, so it cannot keep anything of it
+    derives: ClassVar[bool] = False  # True: the server makes shared tensors of others, which only means may change
     ensemble: ClassVar[bool] = False  # True: what is scored is more than one classifier, of which the deployed model is the last
 
     def __init__(self, options: Any):
@@ -131,6 +132,10 @@ class Method(ABC):
         return WholeBlock()
 
     # --- server; pure, so that `distfl plan` prints it without training
+    def candidates(self, clients: Sequence[Client], workload: Workload) -> Sequence[Client]:
+        """Of whom a round's clients are drawn; default: everybody."""
+        return clients
+
     @abstractmethod
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         """Choose the depth of the family for this fleet (raises PlanError)."""
@@ -143,10 +148,14 @@ class Method(ABC):
             limits: client id -> most blocks it may train, learnt from rounds in which it ran into its cap.
         """
 
-    def cost(self, client: Client, window: Window, workload: Workload) -> Cost:
-        """Peak, upload and FLOPs of a client's round, by the best detail, and for that the cheapest recipe, that fit its budget."""
+    def cost(self, client: Client, window: Window, workload: Workload, worse: int = 0) -> Cost:
+        """Peak, upload and FLOPs of a client's round, by the best detail, and for that the cheapest recipe, that fit its budget.
+
+        Args:
+            worse: so many of the best details are not for this client.
+        """
         blocks = workload.costs.table.trained_blocks(window)
-        details, recipes = self.details(workload.costs.spec, window), list(workload.recipes(client, blocks))
+        details, recipes = self.details(workload.costs.spec, window)[worse:], list(workload.recipes(client, blocks))
         return cheapest((self.cost_by(client, window, recipe, workload, detail) for detail in details for recipe in recipes), client.budget)
 
     def cost_by(self, client: Client, window: Window, recipe: Recipe, workload: Workload, detail: Detail) -> Cost:
@@ -257,10 +266,11 @@ class LastBlocks(Method):
     """
 
     most_blocks: int | None = None  # no window is wider than this
+    someone_trains_all: ClassVar[bool] = False  # True: no depth of which nobody can train every block
 
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         costs = {depth: partial(self.cost_of_blocks, workload) for depth, workload in workloads.items()}
-        return select(clients, costs, self.options.allow_dropping, self.most_blocks)
+        return select(clients, costs, self.options.allow_dropping, self.most_blocks, self.someone_trains_all)
 
     def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
         return [self._assign(round, client, workload, limits.get(client.id)) for client in clients]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 from distfl.costs import Cost
 from distfl.errors import PlanError
@@ -47,17 +48,17 @@ class WholeModel(Method):
     def _assign(self, round: int, client: Client, workload: Workload, limits: dict[int, int]) -> Assignment:
         table, weight = workload.costs.table, float(client.rows)
         depth = table.spec.depth
-        if limits.get(client.id, depth) < depth or not self.blocks(workload, client):
+        window, overruns = self.window(table, depth), depth - limits.get(client.id, depth)
+        if overruns >= len(self.details(table.spec, window)) or not self.blocks(workload, client, overruns):
             return self.sits_out(round, client, weight, workload)
-        window = self.window(table, depth)
-        cost = self.cost(client, window, workload)
+        cost = self.cost(client, window, workload, overruns)
         return self.assignment(round, client, window, cost.recipe, weight, workload, cost.detail)
 
-    def blocks(self, workload: Workload, client: Client) -> int:
-        """All, or none where the client cannot afford the whole model."""
+    def blocks(self, workload: Workload, client: Client, worse: int = 0) -> int:
+        """All, or none where the client cannot afford the whole model, by any but so many of the best details."""
         depth = workload.costs.spec.depth
         window = self.window(workload.costs.table, depth)
-        return depth if self.ignores_budgets or fits(self.cost(client, window, workload), client.budget) else 0
+        return depth if self.ignores_budgets or fits(self.cost(client, window, workload, worse), client.budget) else 0
 
     def selection(self, depth: int, reason: str, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         """Of this depth, beside what the others would have been."""
@@ -73,22 +74,32 @@ class WholeModel(Method):
 
 
 class CommonDepth(WholeModel):
-    """Of the depths at which every client can train, the deepest."""
+    """Of the depths at which every client can train by some detail, and one by the best, the deepest: what no client holds would be
+    scored untrained."""
+
+    someone_holds_all: ClassVar[bool] = True  # False: the parts that clients hold change from round to round
 
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         common = [depth for depth, workload in workloads.items() if all(of_clients(clients, partial(self.blocks, workload)).values())]
-        if not common:
+        held = [depth for depth in common if not self.someone_holds_all or any(self.holds_all(workloads[depth], c) for c in clients)]
+        if not held:
             shallowest = min(workloads)
+            found = f"the strongest can hold but a part of {min(common)}" if common else f"not even {shallowest}"
             raise PlanError(
-                f"a depth of {sorted(workloads)} that every client can train wholly",
-                f"not even {shallowest}: {self.needs(clients, workloads[shallowest])}",
+                f"a depth of {sorted(workloads)} that every client can train, and one can hold wholly",
+                f"{found}: {self.needs(clients, workloads[shallowest])}",
                 "raise these budgets of fleet.groups, lower training.batch, or add shallower depths to the family",
             )
-        return self.selection(max(common), "is the deepest that every client can train wholly", clients, workloads)
+        return self.selection(max(held), "is the deepest that every client can train wholly", clients, workloads)
+
+    def holds_all(self, workload: Workload, client: Client) -> bool:
+        """Whether the client's budget admits the best detail."""
+        spec, window = workload.costs.spec, self.window(workload.costs.table, workload.costs.spec.depth)
+        return self.cost(client, window, workload).detail == self.details(spec, window)[0] and self.blocks(workload, client) > 0
 
 
 class FedAvg(WholeModel):
-    """The upper bound."""
+    """Everybody trains everything."""
 
     Options = Options
     source = "arXiv 1602.05629, algorithm 1"
@@ -97,8 +108,8 @@ class FedAvg(WholeModel):
     def ignores_budgets(self) -> bool:
         return self.options.ignore_budgets
 
-    def cost(self, client: Client, window: Window, workload: Workload) -> Cost:
-        return super().cost(replace(client, budget=UNLIMITED) if self.ignores_budgets else client, window, workload)
+    def cost(self, client: Client, window: Window, workload: Workload, worse: int = 0) -> Cost:
+        return super().cost(replace(client, budget=UNLIMITED) if self.ignores_budgets else client, window, workload, worse)
 
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         depth = max(workloads)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from distfl.errors import PlanError
 from distfl.fleet import Client
 from distfl.methods.base import Workload
 from distfl.methods.fedavg import WholeModel
-from distfl.planner import Selection
+from distfl.planner import Selection, of_clients
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
 
 
 class FedAvgExclusive(WholeModel):
-    """Weak clients are dropped."""
+    """Weak clients are dropped; rounds are filled with the others."""
 
     Options = Options
     source = "arXiv 1602.05629, algorithm 1, over the clients that can"
@@ -37,6 +38,10 @@ class FedAvgExclusive(WholeModel):
                 "raise one of these budgets of fleet.groups, lower training.batch, or set model.depths to shallower ones",
             )
         return chosen
+
+    def candidates(self, clients: Sequence[Client], workload: Workload) -> Sequence[Client]:
+        able = of_clients(clients, partial(self.blocks, workload))
+        return [client for client in clients if able[client.id]]
 
 
 METHOD = FedAvgExclusive

@@ -5,7 +5,9 @@ client is sent W ~ (U_r sqrt(S_r)) (sqrt(S_r) V_r^T), or W itself, trains and se
 factored anew. Weights, optimiser state, upload and FLOPs fall with r < inputs outputs / (inputs + outputs); activations do not.
 
 What a factored client is not sent is gone from what it sends: where few clients hold whole matrices the mean loses what lies beyond
-the ranks of the others, which hurts a pretrained model. Left out: the authors' code adds the server's last model as one more
+the ranks of the others, which hurts a pretrained model. (For those the authors' code factors the difference to the pretrained
+matrices: LoRA with singular values, which here is ``flexlora``.) The mean is weighted by numbers of samples, the authors' is not. No rank
+spares anything of a square matrix from half its width on. Left out: the authors' code adds the server's last model as one more
 member where no client held whole matrices, and decays products in training.
 """
 
@@ -26,10 +28,12 @@ from distfl.methods.base import Detail, MeanOf
 from distfl.methods.fedavg import CommonDepth
 from distfl.model import Linear, ModelSpec, TinyTransformer
 from distfl.settings import require
+from distfl.singular import truncated
 from distfl.units import TensorSpec, Unit, Window, one_after_another
 
 MATRICES = ("qkv", "proj", "fc1", "fc2")
 FACTORS = (".left", ".right")
+LEAST_SHARE = 1e-7  # of the largest singular value: a column of nothing but zeros in both factors would never learn
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class FedHm(CommonDepth):
     Options = Options
     source = "arXiv 2111.14655"
     new_basis = True
+    derives = True
 
     def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
         ratios = sorted(self.options.ratios, reverse=True)
@@ -118,17 +123,10 @@ def _factors_of(matrix: str) -> tuple[str, str]:
 
 
 def factored(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U_r sqrt(S_r) (outputs, r) and sqrt(S_r) V_r^T (r, inputs) of (outputs, inputs); rank at most the smaller side.
-
-    By the eigenvectors of the smaller of W^T W and W W^T, in float64: milliseconds for a matrix of a thousand rows.
-    """
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    values, vectors = torch.linalg.eigh(tall.T @ tall)  # rising
-    vectors = vectors.flip(1)[:, :rank]  # (smaller side, r)
-    least = max(1e-14 * values[-1].item(), torch.finfo(torch.float32).tiny)  # below the largest, all is rounding
-    roots = values.flip(0)[:rank].clamp_min(least) ** 0.25
-    long, short = (tall @ vectors / roots).float(), (vectors * roots).float()
-    return (long, short.T.contiguous()) if matrix.shape[0] >= matrix.shape[1] else (short, long.T.contiguous())
+    """U_r sqrt(S_r) (outputs, r) and sqrt(S_r) V_r^T (r, inputs) of (outputs, inputs); rank at most the smaller side."""
+    u, s, v = truncated(matrix, rank)
+    roots = s.clamp_min(max(LEAST_SHARE * s[0].item(), torch.finfo(torch.float32).tiny)).sqrt()
+    return (u * roots).float().contiguous(), (roots[:, None] * v).float().contiguous()
 
 
 class Factored(Linear):

@@ -1,7 +1,8 @@
 """FedRolex: HeteroFL whose narrow models roll over the shared one, so that every channel is trained in turn.
 
 Source: Alam, Liu, Yan, Zhang 2022, "FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model Extraction", arXiv
-2212.01548 (NeurIPS 2022): in round t = 0, 1, .. the channels held of each layer of n begin with number t mod n and wrap around.
+2212.01548 (NeurIPS 2022): in round t = 0, 1, .. the channels held of each layer of n begin with number t mod n and wrap around. So
+the shared model may be larger than what any client can hold.
 
 Ours, as in HeteroFL: the residual stream's width stays. Attention rolls by whole heads, the feed-forward layer by channels.
 """
@@ -20,6 +21,7 @@ class FedRolex(HeteroFl):
     """Rolling widths by budget."""
 
     source = "arXiv 2212.01548"
+    someone_holds_all = False
 
     def assignment(
         self, round: int, client: Client, window: Window, recipe: Recipe, weight: float, workload: Workload, detail: Detail

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from distfl import lora
@@ -18,6 +17,7 @@ from distfl.lora import is_adapter
 from distfl.messages import Assignment, Piece
 from distfl.methods.base import MeanOf
 from distfl.methods.lora import RankedLora
+from distfl.singular import truncated
 from distfl.units import Unit
 
 
@@ -26,6 +26,7 @@ class FlexLora(RankedLora):
 
     source = "arXiv 2402.11505"
     new_basis = True
+    derives = True
 
     def mean_unit(self, unit: Unit) -> Unit:
         return lora.mean_unit(unit)
@@ -51,18 +52,9 @@ class FlexLora(RankedLora):
 
 
 def split(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U_r S_r (outputs, r) and V_r^T (r, inputs) of a matrix; where it has fewer singular values, zero columns and rows of length one.
-
-    By the eigenvectors of the smaller of D^T D and D D^T, in float64: a matrix of a thousand rows takes milliseconds.
-    """
-    wide = product.double() if product.shape[0] >= product.shape[1] else product.double().T
-    _, vectors = torch.linalg.eigh(wide.T @ wide)  # rising
-    vectors = vectors.flip(1)[:, :rank]  # (smaller side, r)
-    if product.shape[0] >= product.shape[1]:
-        return (product.double() @ vectors).float(), vectors.T.float()
-    rows = vectors.T @ product.double()  # S V^T
-    lengths = rows.norm(dim=1, keepdim=True)
-    return (vectors * lengths.T).float(), (rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)).float()
+    """U_r S_r (outputs, r) and V_r^T (r, inputs) of a matrix; where it has fewer singular values, zero columns and orthonormal rows."""
+    u, s, v = truncated(product, rank)
+    return (u * s).float().contiguous(), v.float().contiguous()
 
 
 METHOD = FlexLora

@@ -42,7 +42,8 @@ class Flora(RankedLora):
     def hold(self, model: TinyTransformer, assignment: Assignment, seed: int) -> None:
         super().hold(model, assignment, seed)
         for name, parameter in model.named_parameters():
-            if name.endswith("_A"):
+            # below the window B is zero, and the shared zeros do as well
+            if name.endswith("_A") and 1 + int(name.split(".")[1]) in assignment.window:
                 draws = seeds.generator(seed, f"flora/{name}", assignment.round, assignment.client)
                 parameter.data = lora.drawn(tuple(parameter.shape), draws)
 

@@ -2,8 +2,9 @@
 
 Source: Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432: a client is
 sent the first r_c rows of A and columns of B, the server pads what comes back with zeros to the largest rank and takes a mean with the
-norms of the updates, ||B_c A_c||, as weights, so that who learnt more counts more. Only the abstract was read; the exact weights
-are ours, as is the choice that numbers of samples do not count besides. Left out: the paper's clients may also prune ranks
+norms ||B_c A_c|| as weights, so that who learnt more counts more. Only the abstract was read; the exact weights
+are ours: the norm is that of all adapters in the client's window, what the server sent of them included, and numbers of samples do not
+count besides. Left out: the paper's clients may also prune ranks
 of their own in training.
 
 The rank saves upload and optimiser state, hardly any memory: a client trains as many blocks, counted from the output, as its budget

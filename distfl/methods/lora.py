@@ -30,7 +30,8 @@ from distfl.units import TensorSpec, Window
 class AdapterOptions:
     """Args:
     targets: matrices with an adapter: queries, keys, values, the attention's output, the two of the feed-forward layer.
-    blocks: no client trains adapters of more blocks, counted from the output; None = all that its budget admits.
+    blocks: no client trains adapters of more blocks, counted from the output; None = all that its budget admits. Depths that admit
+        as many to everybody tie, and of these the deepest is taken.
     head: the final norm and the output layer train too.
     allow_dropping: clients that cannot train the adapters of a single block sit out instead of being an error.
     """
@@ -103,6 +104,7 @@ class Lora(LastBlocks):
         return AdaptedBlock(detail.get("rank", self.options.rank), self.options.targets, "_A" in self.trained_factors)
 
     def prepare(self, model: TinyTransformer) -> None:
+        require(self.options.rank <= model.spec.width, "rank", self.options.rank, f"at most the model's width, {model.spec.width}")
         lora.adapt(model, self.options.targets, self.options.rank, self.options.scale)
 
     def initial(self, pretrained: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

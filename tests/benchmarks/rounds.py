@@ -2,9 +2,10 @@
 
 python tests/benchmarks/rounds.py [CLIENT RANKS] [CLIENTS] [REPEATS] [START: plain,fork,auto] [key=value ...]
 
-Prints, for gather and reduce: round over ideal; seconds of a round without training steps; seconds from launch to round 0; PSS
-of all processes together; CPU that ranks burn in waiting, as a share of all they use in rounds (what is copied while they wait
-is in it). 6 blocks, d = 128, vocabulary 512, context 128; every client trains all blocks for 4 steps of batch 8.
+Prints, for gather and reduce (or the one that transport.collective=... names): round over ideal; seconds of a round without training
+steps; seconds from launch to round 0; PSS of all processes together; CPU that ranks burn in waiting, as a share of all they use
+in rounds (what is copied while they wait is in it). 6 blocks, d = 128, vocabulary 512, context 128; every client trains all
+blocks for 4 steps of batch 8.
 """
 
 from __future__ import annotations
@@ -216,21 +217,23 @@ def total_pss_mb(run: str) -> float:
 
 
 def main(ranks: int, clients: int, repeats: int, start: str, *overrides: str) -> None:
+    given = [value for key, _, value in (override.partition("=") for override in overrides) if key == "transport.collective"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = prepare(folder, clients)
-        found: dict[str, list[Job]] = {"gather": [], "reduce": []}
-        idle: dict[str, list[float]] = {"gather": [], "reduce": []}
-        ratios: dict[str, list[float]] = {"gather": [], "reduce": []}
+        ways = [way for way in ("gather", "reduce") if not given or way in given]
+        found: dict[str, list[Job]] = {way: [] for way in ways}
+        idle: dict[str, list[float]] = {way: [] for way in ways}
+        ratios: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, jobs in found.items():
-                own = [f"transport.collective={way}", *overrides]
+                own = [*overrides, f"transport.collective={way}"]
                 before = ideal_seconds(clients)
                 jobs.append(run_job(folder, config, ranks, start, *own))
                 ideal = (before + ideal_seconds(clients)) / 2
                 ratios[way].append(statistics.median(jobs[-1].seconds) / ideal)
-                idle[way] += run_job(folder, config, ranks, start, *own, "training.steps=0").seconds
                 print(f"{way}: ideal {ideal:.2f} s, round {statistics.median(jobs[-1].seconds):.2f} s", flush=True)
+                idle[way] += run_job(folder, config, ranks, start, *own, "training.steps=0").seconds
         print(f"{ranks} client ranks and the server, {clients} clients, start {start}, {os.cpu_count()} cores; median of {repeats}")
         for way, jobs in found.items():
             print(

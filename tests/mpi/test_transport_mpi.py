@@ -57,3 +57,20 @@ def test_abort_ends_every_rank():
     done = mpirun(2, OPENING + ABORT, "1")
     assert done.returncode == 3, done.stderr
     assert time.monotonic() - began < 30
+
+
+BTL = "import os\n" + OPENING + "world(1)\nprint(os.environ.get('OMPI_MCA_btl'))"
+
+
+def test_the_layer_that_sleeps_as_it_closes_is_left_out_unless_somebody_chooses_layers(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("OMPI_MCA_btl", raising=False)
+    assert mpirun(1, BTL).stdout.split() == ["^ofi"]
+    parameters = tmp_path / ".openmpi" / "mca-params.conf"
+    parameters.parent.mkdir()
+    parameters.write_text("# btl = tcp\nmpi_param_check = 1\n")
+    assert mpirun(1, BTL).stdout.split() == ["^ofi"]
+    parameters.write_text("btl = self,sm,tcp\n")
+    assert mpirun(1, BTL).stdout.split() == ["None"]
+    monkeypatch.setenv("OMPI_MCA_btl", "self,tcp")
+    assert mpirun(1, BTL).stdout.split() == ["self,tcp"]

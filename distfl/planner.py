@@ -97,7 +97,7 @@ def select(
         if not admissible:
             raise PlanError(
                 f"a depth of {sorted(costs)} of which some client can train every block",
-                "; ".join(f"of depth {depth}, {blocks} at most" for depth, blocks in most.items()),
+                "; ".join(f"of depth {depth}, {trained} at most" for depth, trained in most.items()),
                 "raise a budget of fleet.groups, lower training.batch, or add shallower depths to the family",
             )
     depth = max(admissible, key=lambda candidate: (averages[candidate], candidate))

@@ -20,7 +20,7 @@ from distfl.errors import PlanError
 from distfl.fleet import Budget, Client
 from distfl.messages import Assignment
 from distfl.methods.base import Method, Workload
-from distfl.planner import Selection, fits, needs, of_clients
+from distfl.planner import Selection, cheapest, fits, needs, of_clients
 from distfl.units import UnitTable, Window
 
 UNLIMITED = Budget(sys.maxsize, None, None)
@@ -81,21 +81,31 @@ class CommonDepth(WholeModel):
 
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         common = [depth for depth, workload in workloads.items() if all(of_clients(clients, partial(self.blocks, workload)).values())]
-        held = [depth for depth in common if not self.someone_holds_all or any(self.holds_all(workloads[depth], c) for c in clients)]
+        held = [depth for depth in common if not self.someone_holds_all or self.somebody_holds_all(clients, workloads[depth])]
         if not held:
-            shallowest = min(workloads)
-            found = f"the strongest can hold but a part of {min(common)}" if common else f"not even {shallowest}"
+            if common:
+                least = needs(clients, clients, partial(self.cost_of_all, workloads[min(common)]))
+                found = f"of {min(common)} all can hold parts, none holds all; one group of these would do: {least}"
+            else:
+                found = f"not even {min(workloads)}: {self.needs(clients, workloads[min(workloads)])}"
             raise PlanError(
                 f"a depth of {sorted(workloads)} that every client can train, and one can hold wholly",
-                f"{found}: {self.needs(clients, workloads[shallowest])}",
+                found,
                 "raise these budgets of fleet.groups, lower training.batch, or add shallower depths to the family",
             )
         return self.selection(max(held), "is the deepest that every client can train wholly", clients, workloads)
 
-    def holds_all(self, workload: Workload, client: Client) -> bool:
-        """Whether the client's budget admits the best detail."""
+    def somebody_holds_all(self, clients: Sequence[Client], workload: Workload) -> bool:
+        """Whether some client's budget admits the best detail."""
+        return any(of_clients(clients, lambda client: fits(self.cost_of_all(workload, client), client.budget)).values())
+
+    def cost_of_all(self, workload: Workload, client: Client) -> Cost:
+        """Of the best detail."""
         spec, window = workload.costs.spec, self.window(workload.costs.table, workload.costs.spec.depth)
-        return self.cost(client, window, workload).detail == self.details(spec, window)[0] and self.blocks(workload, client) > 0
+        best = self.details(spec, window)[0]
+        return cheapest(
+            (self.cost_by(client, window, recipe, workload, best) for recipe in workload.recipes(client, spec.depth)), client.budget
+        )
 
 
 class FedAvg(WholeModel):

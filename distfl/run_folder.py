@@ -238,7 +238,8 @@ class RunFolder:
             if unit.index < len(table.trainable):
                 mean = job.method.mean_unit(unit)
                 units[unit.name]["mean"] = {"elements": mean.elements, "tensors": len(mean.tensors)}
-        about = {"family": str(job.family.folder), "groups": groups, "units": units, "starts": [*starts, start]}
+        able = sum(blocks > 0 for blocks in job.selection.blocks.values())
+        about = {"family": str(job.family.folder), "groups": groups, "able": able, "units": units, "starts": [*starts, start]}
         write_json(manifest_file, _origin(job) | about)
         write_atomically(self.path / "config.yaml", settings.to_yaml(self.config))  # last: with it there is a run to resume
 

@@ -32,7 +32,7 @@ class Result:
         before: accuracy before any training.
         peak_share: largest measured peak over cap of all client rounds.
         slack_share: part of its cap that a client that took part left unused, mean over client rounds.
-        part_share: part of the clients that took part at least once.
+        part_share: part of the clients whose budgets let them take part.
         over_cap: client rounds that ran into their cap.
         upload_bytes, download_bytes, flops: of all clients and rounds; the first distribution of the model is in neither.
         lowest_group, group_gap: accuracy of the budget group that is worst off, and how far it lies below the best.
@@ -64,8 +64,6 @@ def result_of(trial: Trial, run: Run) -> Result:
     """What one run showed."""
     last = run.evaluated[-1]
     took_part = [report for report in run.clients if report["blocks"] or report["ok"]]
-    merged = {report["client"] for report in run.clients if report["ok"]}
-    seen = {report["client"] for report in run.clients}
     shares = [report["measured_peak_bytes"] / report["memory_bytes"] for report in took_part]
     blocks = sorted({report["blocks"] for report in took_part})
     groups = [score["accuracy"] for score in last["groups"].values() if score["accuracy"] is not None]
@@ -81,7 +79,7 @@ def result_of(trial: Trial, run: Run) -> Result:
         loss=last["test_loss"],
         peak_share=max(shares, default=None),
         slack_share=1 - statistics.mean(shares) if shares else None,
-        part_share=len(merged) / max(1, len(seen)),
+        part_share=run.manifest["able"] / len(run.manifest["groups"]),
         over_cap=sum(report["cause"] == "over_cap" for report in run.clients),
         upload_bytes=sum(record["upload_bytes"] for record in run.rounds),
         download_bytes=sum(record["download_bytes"] for record in run.rounds),

@@ -60,7 +60,7 @@ class Trainings:
         folder = comparison.Path(config.run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(settings.to_yaml(config))
-        (folder / "manifest.json").write_text(json.dumps({"depth": 3, "groups": {"a": "all", "b": "all"}}))
+        (folder / "manifest.json").write_text(json.dumps({"depth": 3, "groups": {"a": "all", "b": "all"}, "able": 1}))
         score = {"upload_bytes": 10, "download_bytes": 20, "flops": 30, "seconds": 4.0, "test_loss": loss}
         rounds = [score | {"round": 0, "test_accuracy": 0.05, "groups": {}}]
         rounds.append(score | {"round": 1, "test_accuracy": accuracy, "groups": {"all": {"accuracy": accuracy}}})

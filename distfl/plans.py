@@ -65,7 +65,8 @@ def _groups(job: Job) -> str:
             continue
         cost = job.method.cost_by(client, window, assignment.recipe, workload, assignment.detail)
         plain = job.method.cost_by(client, window, Recipe(client.rows), workload, assignment.detail)
-        sent = {name: bytes_ for unit in units for name, bytes_ in job.method.sent_down(unit, assignment.detail).items()}
+        sent = {unit: sum(job.method.sent_down(unit, assignment.detail).values()) for unit in units}
+        stale = [unit for unit in sent if any(units.part_of(t.name) in trained and job.method.changes(t.name) for t in unit.tensors)]
         counts = sorted({units.trained_blocks(a.window) for _, a in entries if a.window})
         rows.append(
             [
@@ -78,7 +79,7 @@ def _groups(job: Job) -> str:
                 _slack(budget.memory_bytes - cost.peak.bytes),
                 f"{cost.upload_bytes / MEGA:.3f}",
                 "-" if budget.upload_bytes is None else f"{budget.upload_bytes / MEGA:.3f}",
-                f"{sum(b for n, b in sent.items() if units.part_of(n) in trained and job.method.changes(n)) / MEGA:.3f}",
+                f"{sum(sent[unit] for unit in stale) / MEGA:.3f}",
                 f"{sum(sent.values()) / MEGA:.3f}",
                 f"{cost.flops / GIGA:.1f}",
                 "-" if budget.flops is None else f"{budget.flops / GIGA:.1f}",

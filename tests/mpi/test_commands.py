@@ -1,6 +1,7 @@
 """The commands around a run: plan, report, evaluate, export; and a run that is continued in unusual ways."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -109,3 +110,21 @@ def test_a_run_in_which_nothing_trained_says_so(distfl, config, tmp_path):
     done = distfl("train", config, "rounds=1", "training.learning_rate=1e30", "training.clip_norm=null", "training.optimizer=sgd")
     assert done.returncode == 0, done.stderr
     assert "12 not finite" in done.stdout and "WARNING: nothing was trained" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["caff", "lora", "flora"])
+def test_a_plan_tells_the_downloads_that_a_round_then_counts(distfl, config, tmp_path, method):
+    own = ["model.depths=[4]", f"method.name={method}", *(['method.options={"targets": ["q", "v"]}'] if method != "caff" else [])]
+    planned = distfl("plan", config, *own)
+    assert planned.returncode == 0, planned.stderr
+    head, *rows = [re.split(r"\s{2,}", line.strip()) for line in planned.stdout.splitlines() if re.match(r"(group|weak|strong)\s", line)]
+    downloads = {row[0]: float(row[head.index("download MB")]) for row in rows[:2]}
+    run = tmp_path / "run"
+    done = distfl("train", config, *own, f"run.folder={run}", "rounds=2")
+    assert done.returncode == 0, done.stderr
+    *_, last = map(json.loads, (run / "traffic.jsonl").read_text().splitlines())
+    groups = {str(report["client"]): report["group"] for report in distfl.reports(run)}
+    assert len(last["payload"]["down"]) == 12
+    for client, sent in last["payload"]["down"].items():
+        units = sum(bytes_ for unit, bytes_ in sent.items() if unit != "assignment")
+        assert units / 1e6 == pytest.approx(downloads[groups[client]], abs=6e-4)

@@ -242,8 +242,9 @@ def comma_separated(found: Sequence[Standing]) -> str:
 def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
     """comparison.md and comparison.csv; returns their paths."""
     text = "Accuracies, peaks over caps, slack and shares in percent; bytes and FLOPs of all clients and rounds; mean of "
-    seeds = sorted({len(standing.results) for standing in found if standing.results})
-    text += f"{' to '.join(map(str, dict.fromkeys(seeds[:1] + seeds[-1:])))} seeds ± sample deviation; p: paired t-test against {comparison.config.reference}.\n\n"
+    counts = sorted({len(standing.results) for standing in found if standing.results})
+    text += f"{' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds ± sample deviation; "
+    text += f"p: paired t-test against {comparison.config.reference}.\n\n"
     write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
     write_atomically(comparison.output / "comparison.csv", comma_separated(found))
     return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

@@ -69,7 +69,7 @@ def select(
     costs: Mapping[int, CostOf],
     allow_dropping: bool,
     most_blocks: int | None = None,
-    someone_trains_all: bool = False,
+    someone_holds_all: bool = False,
 ) -> Selection:
     """Choose the depth.
 
@@ -77,7 +77,7 @@ def select(
         clients: the fleet.
         costs: depth -> cost function of that depth's model.
         most_blocks: no window is wider than this; None = the depth.
-        someone_trains_all: a depth is admissible only if a client can train all of its blocks.
+        someone_holds_all: a depth is admissible only if a client can train, and so hold, all of its blocks.
 
     Raises:
         PlanError: no depth is admissible; says the smallest budgets that would do.
@@ -91,7 +91,7 @@ def select(
     admissible = [depth for depth in costs if averages[depth] > 0 and (allow_dropping or excluded[depth] == 0)]
     if not admissible:
         raise _nothing_fits(clients, costs, blocks)
-    if someone_trains_all:
+    if someone_holds_all:
         most = {depth: max(blocks[depth].values()) for depth in admissible}
         admissible = [depth for depth in admissible if most[depth] == depth]
         if not admissible:

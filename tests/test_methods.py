@@ -219,6 +219,10 @@ def test_a_client_that_ran_into_its_cap_trains_less_or_sits_out(name, options):
     details = method.details(work.costs.spec, before.window)
     if after.window and work.costs.table.trained_blocks(after.window) == trained:  # the whole model, by the next detail
         assert after.detail.items() >= details[1].items() and before.detail.items() >= details[0].items()
+        second = client(0, budget=Budget(leanest(method, work, before.window, details[1]).peak.bytes, None, None))
+        for limit, detail in ((trained, details[1]), (trained - 1, details[2])):
+            (found,) = method.plan(2, [second], work, {0: limit})
+            assert found.window and found.detail.items() >= detail.items()
         (last,) = method.plan(2, [client(0)], work, {0: trained - len(details)})
         assert last.window is None
     else:

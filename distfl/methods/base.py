@@ -145,7 +145,8 @@ class Method(ABC):
         """One assignment for each client, in order.
 
         Args:
-            limits: client id -> most blocks it may train, learnt from rounds in which it ran into its cap.
+            limits: client id -> most blocks it may train, learnt from rounds in which it ran into its cap; where all blocks are
+                trained or none, each block less stands for one such round.
         """
 
     def cost(self, client: Client, window: Window, workload: Workload, worse: int = 0) -> Cost:
@@ -266,11 +267,11 @@ class LastBlocks(Method):
     """
 
     most_blocks: int | None = None  # no window is wider than this
-    someone_trains_all: ClassVar[bool] = False  # True: no depth of which nobody can train every block
+    someone_holds_all: ClassVar[bool] = False  # True: no depth of which nobody can train every block
 
     def select(self, clients: Sequence[Client], workloads: dict[int, Workload]) -> Selection:
         costs = {depth: partial(self.cost_of_blocks, workload) for depth, workload in workloads.items()}
-        return select(clients, costs, self.options.allow_dropping, self.most_blocks, self.someone_trains_all)
+        return select(clients, costs, self.options.allow_dropping, self.most_blocks, self.someone_holds_all)
 
     def plan(self, round: int, clients: Sequence[Client], workload: Workload, limits: dict[int, int]) -> list[Assignment]:
         return [self._assign(round, client, workload, limits.get(client.id)) for client in clients]

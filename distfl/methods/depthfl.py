@@ -48,7 +48,7 @@ class DepthFl(LastBlocks):
     Options = Options
     source = "ICLR 2023, openreview pf8RIZTMU58"
     ensemble = True
-    someone_trains_all = True  # else classifiers that nobody trains would count in the ensemble
+    someone_holds_all = True  # else classifiers that nobody trains would count in the ensemble
 
     def ends(self, depth: int) -> list[int]:
         """Blocks up to the end of each stage."""

@@ -48,10 +48,12 @@ class WholeModel(Method):
     def _assign(self, round: int, client: Client, workload: Workload, limits: dict[int, int]) -> Assignment:
         table, weight = workload.costs.table, float(client.rows)
         depth = table.spec.depth
-        window, overruns = self.window(table, depth), depth - limits.get(client.id, depth)
-        if overruns >= len(self.details(table.spec, window)) or not self.blocks(workload, client, overruns):
+        window = self.window(table, depth)
+        details, best = self.details(table.spec, window), self.cost(client, window, workload).detail
+        worse = details.index(best) + depth - limits.get(client.id, depth)  # the next detail for each time that it ran into its cap
+        if worse >= len(details) or not self.blocks(workload, client, worse):
             return self.sits_out(round, client, weight, workload)
-        cost = self.cost(client, window, workload, overruns)
+        cost = self.cost(client, window, workload, worse)
         return self.assignment(round, client, window, cost.recipe, weight, workload, cost.detail)
 
     def blocks(self, workload: Workload, client: Client, worse: int = 0) -> int:
@@ -93,7 +95,8 @@ class CommonDepth(WholeModel):
                 found,
                 "raise these budgets of fleet.groups, lower training.batch, or add shallower depths to the family",
             )
-        return self.selection(max(held), "is the deepest that every client can train wholly", clients, workloads)
+        reason = "is the deepest that every client can train" + ", and one can hold wholly" * self.someone_holds_all
+        return self.selection(max(held), reason, clients, workloads)
 
     def somebody_holds_all(self, clients: Sequence[Client], workload: Workload) -> bool:
         """Whether some client's budget admits the best detail."""

@@ -34,8 +34,8 @@ def test_clients_stay_within_their_caps_near_their_predicted_peaks_with_the_bits
     for report in reports:
         assert report["measured_peak_bytes"] <= report["memory_bytes"]
         apart = report["predicted_peak_bytes"] - MEGA - report["measured_peak_bytes"]  # without the margin
-        allowed = 0.05 * report["measured_peak_bytes"]  # the first client of a rank pays for what kernels keep
-        assert -max(allowed, MEGA // 2) < apart < max(allowed, HOLES.get(name, MEGA)), report
+        allowed = 0.05 * report["measured_peak_bytes"]  # or some dozens of pages
+        assert -max(allowed, 250_000) < apart < max(allowed, HOLES.get(name, MEGA)), report
         assert 0 < report["flops"] <= report["predicted_flops"]
     depth = json.loads((run / "manifest.json").read_text())["depth"]
     assert depth == 4 or name in ("allsmall", "heterofl", "fedhm", "depthfl")

@@ -248,17 +248,19 @@ def _feature_files(state: RankState, assignment: Assignment) -> dict[int, Featur
 
 def rehearse(state: RankState) -> None:
     """A small round of a two-block model of the same width, every lever in it: library pages, kernels' caches and
-    whatever else is made at the first use belong to the baseline, not to the first client. By single sequences: what
+    whatever else is made at the first use belong to the baseline, not to the first client. Once with all that a method lets a
+    client hold and once with the least, which a method may compute by other kernels. By single sequences: what
     stays of it may lie at the heap's end, with all that was freed below it."""
     _rehearse_products(state)
     training = replace(state.config.training, epochs=None, steps=1, batch=min(2, state.config.training.batch))
     small = rank_state(state.transport, replace(state.config, training=training), replace(state.spec, depth=2), state.shards)
     recipe = Recipe(1, max(1, state.spec.context // 2), recomputed=1)
     window = small.method.window(small.table, 2)
-    detail = small.method.details(small.spec, window)[0]
-    table = small.method.held(small.costs, detail).table
-    residuals = Residuals(table, window.units) if small.encoding.error_feedback else None
-    _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0, detail=detail), {}, residuals)
+    details = small.method.details(small.spec, window)
+    for detail in [details[0], *details[1:][-1:]]:
+        table = small.method.held(small.costs, detail).table
+        residuals = Residuals(table, window.units) if small.encoding.error_feedback else None
+        _work(small, Assignment(0, 0, window, 1.0, 0, 0, 0, 0, recipe, learning_rate=0.0, detail=detail), {}, residuals)
 
 
 def _rehearse_products(state: RankState) -> None:

@@ -48,3 +48,11 @@ def sha256(path: Path) -> str:
     """Hex checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_below(folder: Path, pattern: str) -> str:
+    """Hex checksum of the files below a folder whose names match, their paths included."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob(pattern)):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()

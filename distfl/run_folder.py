@@ -25,7 +25,7 @@ import distfl
 from distfl import settings
 from distfl.config import TrainConfig
 from distfl.errors import CheckpointError
-from distfl.files import sha256, write_atomically, write_json
+from distfl.files import sha256, sha256_below, write_atomically, write_json
 
 if TYPE_CHECKING:
     from distfl.fleet import Client
@@ -215,6 +215,7 @@ class RunFolder:
                 self._cut(self.path / name, resumed_at)
         start = {
             "distfl": distfl.__version__,
+            "source_checksum": sha256_below(Path(distfl.__file__).parent, "*.py"),
             "python": platform.python_version(),
             "torch": version("torch"),
             "transport": transport.name,

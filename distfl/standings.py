@@ -36,6 +36,7 @@ class Result:
         over_cap: client rounds that ran into their cap.
         upload_bytes, download_bytes, flops: of all clients and rounds; the first distribution of the model is in neither.
         lowest_group, group_gap: accuracy of the budget group that is worst off, and how far it lies below the best.
+        torch, library, enforced_by, tokens_checksum, weights_checksum: of its manifest; where it was resumed, of its last start.
     """
 
     scenario: str
@@ -57,6 +58,11 @@ class Result:
     seconds: float
     lowest_group: float
     group_gap: float
+    torch: str
+    library: str
+    enforced_by: str
+    tokens_checksum: str
+    weights_checksum: str
     folder: str
 
 
@@ -66,6 +72,7 @@ def result_of(trial: Trial, run: Run) -> Result:
     took_part = [report for report in run.clients if report["blocks"] or report["ok"]]
     shares = [report["measured_peak_bytes"] / report["memory_bytes"] for report in took_part]
     blocks = sorted({report["blocks"] for report in took_part})
+    start = run.manifest["starts"][-1]
     groups = [score["accuracy"] for score in last["groups"].values() if score["accuracy"] is not None]
     return Result(
         scenario=trial.scenario,
@@ -87,8 +94,38 @@ def result_of(trial: Trial, run: Run) -> Result:
         seconds=sum(record["seconds"] for record in run.rounds),
         lowest_group=min(groups),
         group_gap=max(groups) - min(groups),
+        torch=start["torch"],
+        library=start["library"],
+        enforced_by=start["memory_enforced_by"],
+        tokens_checksum=run.manifest["tokens_checksum"],
+        weights_checksum=run.manifest["weights_checksum"],
         folder=str(trial.folder),
     )
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A figure less the reference's with the same seed, for the seeds that both have finished."""
+
+    values: tuple[float, ...]
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided, of a paired t-test; None with fewer than two pairs."""
+        if len(self.values) < 2:
+            return None
+        mean, deviation = statistics.mean(self.values), statistics.stdev(self.values)
+        if deviation == 0:
+            return 1.0 if mean == 0 else 0.0
+        return two_sided_p(mean / (deviation / math.sqrt(len(self.values))), len(self.values) - 1)
+
+    def cells(self, scale: float, digits: int) -> list[str]:
+        """Mean and sample deviation, then p; empty where there is nothing to say."""
+        if not self.values:
+            return ["", ""]
+        spread = f" ± {scale * statistics.stdev(self.values):.{digits}f}" if len(self.values) > 1 else ""
+        p = "" if self.p_value is None else f"{self.p_value:.3f}"
+        return [f"{scale * statistics.mean(self.values):+.{digits}f}{spread}", p]
 
 
 @dataclass(frozen=True)
@@ -98,14 +135,15 @@ class Standing:
     Args:
         results: of its finished runs, by seed.
         refusal: why it cannot take part; None where it can.
-        differences: accuracy above the reference's with the same seed, for the seeds that both have finished.
+        accuracy_above, loss_above: the reference's; below 0 is worse in accuracy, better in loss.
     """
 
     scenario: str
     method: str
     results: tuple[Result, ...]
     refusal: str | None
-    differences: tuple[float, ...]
+    accuracy_above: Differences
+    loss_above: Differences
 
     def mean(self, key: str) -> float | None:
         """Over seeds; None where nothing is known."""
@@ -116,16 +154,6 @@ class Standing:
         """Sample standard deviation over seeds; None with fewer than two."""
         known = [getattr(result, key) for result in self.results]
         return statistics.stdev(known) if len(known) > 1 else None
-
-    @property
-    def p_value(self) -> float | None:
-        """Two-sided, of a paired t-test against the reference; None with fewer than two pairs."""
-        if len(self.differences) < 2:
-            return None
-        mean, deviation = statistics.mean(self.differences), statistics.stdev(self.differences)
-        if deviation == 0:
-            return 1.0 if mean == 0 else 0.0
-        return two_sided_p(mean / (deviation / math.sqrt(len(self.differences))), len(self.differences) - 1)
 
 
 def two_sided_p(t: float, freedom: int) -> float:
@@ -151,15 +179,17 @@ def standings(comparison: Comparison) -> list[Standing]:
             refusals[place] = trial.refusal
         elif (run := trial.run()) is not None:
             of_place.append(result_of(trial, run))
-    return [
-        Standing(*place, tuple(found[place]), refusals.get(place), _paired(found[place], found[place[0], comparison.config.reference]))
-        for place in found
-    ]
+    made = []
+    for place, results in found.items():
+        reference = found[place[0], comparison.config.reference]
+        above = (_above(results, reference, key) for key in ("accuracy", "loss"))
+        made.append(Standing(*place, tuple(results), refusals.get(place), *above))
+    return made
 
 
-def _paired(results: Sequence[Result], reference: Sequence[Result]) -> tuple[float, ...]:
-    accuracy = {result.seed: result.accuracy for result in reference}
-    return tuple(result.accuracy - accuracy[result.seed] for result in results if result.seed in accuracy)
+def _above(results: Sequence[Result], reference: Sequence[Result], key: str) -> Differences:
+    by_seed = {result.seed: getattr(result, key) for result in reference}
+    return Differences(tuple(getattr(result, key) - by_seed[result.seed] for result in results if result.seed in by_seed))
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -170,6 +200,8 @@ HEAD = (
     "to reference",
     "p",
     "loss",
+    "to reference",
+    "p",
     "depth: blocks",
     "peak/cap",
     "slack",
@@ -200,15 +232,14 @@ def _row(standing: Standing, reference: str) -> list[str]:
         return [standing.method, f"cannot take part: {standing.refusal}", *[""] * (len(HEAD) - 2)]
     if not standing.results:
         return [standing.method, "no finished run yet", *[""] * (len(HEAD) - 2)]
-    mean, first, differences = standing.mean, standing.results[0], standing.differences
-    compared = standing.method != reference and differences
-    spread = f" ± {100 * statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
+    mean, first = standing.mean, standing.results[0]
+    same = standing.method == reference
     return [
         standing.method,
         _percent(mean("accuracy"), standing.deviation("accuracy")),
-        f"{100 * statistics.mean(differences):+.2f}{spread}" if compared else "",
-        f"{standing.p_value:.3f}" if compared and standing.p_value is not None else "",
+        *(["", ""] if same else standing.accuracy_above.cells(100, 2)),
         f"{mean('loss'):.4f}",
+        *(["", ""] if same else standing.loss_above.cells(1, 4)),
         f"{first.depth}: {first.blocks}",
         _percent(max((r.peak_share for r in standing.results if r.peak_share is not None), default=None)),
         _percent(mean("slack_share")),
@@ -244,7 +275,7 @@ def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
     text = "Accuracies, peaks over caps, slack and shares in percent; bytes and FLOPs of all clients and rounds; mean of "
     counts = sorted({len(standing.results) for standing in found if standing.results})
     text += f"{' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds ± sample deviation; "
-    text += f"p: paired t-test against {comparison.config.reference}.\n\n"
+    text += f'"to reference": less {comparison.config.reference} with the same seed; p: of a paired t-test.\n\n'
     write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
     write_atomically(comparison.output / "comparison.csv", comma_separated(found))
     return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

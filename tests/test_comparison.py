@@ -55,12 +55,17 @@ class Trainings:
             return code
         label = "wide" if config.method.options else "caff"
         rate, seed = config.training.learning_rate, config.seed
-        loss = 2.0 + (rate != {"caff": 4e-3, "wide": 1e-3}[label])
         accuracy = ACCURACY.get((label, seed), 0.1)
+        loss = 2.0 + (rate != {"caff": 4e-3, "wide": 1e-3}[label]) - accuracy
         folder = comparison.Path(config.run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(settings.to_yaml(config))
-        (folder / "manifest.json").write_text(json.dumps({"depth": 3, "groups": {"a": "all", "b": "all"}, "able": 1}))
+        starts = [
+            {"torch": "1", "library": "first", "memory_enforced_by": "rlimit"},
+            {"torch": "2", "library": "", "memory_enforced_by": ""},
+        ]
+        manifest = {"depth": 3, "groups": {"a": "all", "b": "all"}, "able": 1, "tokens_checksum": "t", "weights_checksum": "w"}
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"starts": starts}))
         score = {"upload_bytes": 10, "download_bytes": 20, "flops": 30, "seconds": 4.0, "test_loss": loss}
         rounds = [score | {"round": 0, "test_accuracy": 0.05, "groups": {}}]
         rounds.append(score | {"round": 1, "test_accuracy": accuracy, "groups": {"all": {"accuracy": accuracy}}})
@@ -122,16 +127,18 @@ def test_means_deviations_and_paired_differences(compare):
     wide = by_place["small", "wide"]
     assert wide.mean("accuracy") == pytest.approx((0.28 + 0.31 + 0.27) / 3)
     assert wide.deviation("accuracy") == pytest.approx(0.0208167, rel=1e-5)
-    assert wide.differences == pytest.approx((-0.02, -0.01, -0.04))
-    assert wide.p_value == pytest.approx(0.11807, abs=1e-4)  # t = -2.6458 with 2 degrees of freedom: 1 - t / sqrt(2 + t^2)
+    assert wide.accuracy_above.values == pytest.approx((-0.02, -0.01, -0.04))
+    assert wide.accuracy_above.p_value == pytest.approx(0.11807, abs=1e-4)  # t = -2.6458 with 2 degrees of freedom: 1 - t / sqrt(2 + t^2)
     (result, *_) = by_place["small", "caff"].results
     assert (result.peak_share, result.part_share, result.over_cap) == (1.1, 0.5, 1)
     assert result.slack_share == pytest.approx(1 - (0.8 + 1.1) / 2)
     assert (result.upload_bytes, result.download_bytes, result.flops, result.seconds) == (20, 40, 60, 8.0)
     rows = list(csv.DictReader(io.StringIO(standings.comma_separated(by_place.values()))))
     assert len(rows) == 12 and float(rows[0]["accuracy"]) == 0.30
+    assert (rows[0]["torch"], rows[0]["tokens_checksum"], rows[0]["weights_checksum"]) == ("2", "t", "w")
     text = standings.markdown(list(by_place.values()), "caff")
-    assert "| wide | 28.67 ± 2.08 | -2.33 ± 1.53 | 0.118 |" in text
+    assert "| wide | 28.67 ± 2.08 | -2.33 ± 1.53 | 0.118 | 1.7133 | +0.0233 ± 0.0153 | 0.118 |" in text
+    assert "| caff | 31.00 ± 1.00 |  |  | 1.6900 |  |  |" in text
     paths = [*standings.write(made, list(by_place.values())), *comparison_pictures.draw(made, list(by_place.values()))]
     assert all(path.stat().st_size > 0 for path in paths) and {path.suffix for path in paths} == {".md", ".csv", ".png"}
 

@@ -9,10 +9,10 @@ from distfl.signals import StopRequest, hold_signals
 def main() -> int:
     """The command with its signals handled from the first moment; returns the exit code."""
     try:
-        if sys.argv[1:2] == ["train"]:  # before everything that takes time to import
+        if sys.argv[1:2] in (["train"], ["compare"]):  # before everything that takes time to import
             hold_signals()
-            if forking.is_asked_for() and (code := forking.launch("distfl.__main__:run")) is not None:
-                return code
+        if sys.argv[1:2] == ["train"] and forking.is_asked_for() and (code := forking.launch("distfl.__main__:run")) is not None:
+            return code
     except KeyboardInterrupt:
         return _interrupted()
     if sys.argv[1:2] in (["train"], ["calibrate"]):
@@ -24,7 +24,7 @@ def main() -> int:
 
 def run() -> int:
     """The command in a process that was prepared for it."""
-    stop = StopRequest() if sys.argv[1:2] == ["train"] else None
+    stop = StopRequest() if sys.argv[1:2] in (["train"], ["compare"]) else None
     try:
         from distfl import cli
 

@@ -290,10 +290,11 @@ def _scale(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
-    from distfl import comparison_pictures, standings
+    from distfl import comparison_pictures, comparison_tables, standings
     from distfl.comparison import Comparison, make, share_of
 
     _check_starts_ranks("compare")
+    stop = options.stop or StopRequest()
     comparison = Comparison(Path(options.config), settings.load(CompareConfig, options.config, options.overrides))
 
     def start(training: list[str], resume: bool) -> int:
@@ -314,7 +315,7 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     failed = []
     for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):
         if options.stage in (None, stage):
-            of_stage, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say)
+            of_stage, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say, stop)
             failed += of_stage
             if code:
                 return code
@@ -323,8 +324,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         return 1
     if options.stage in (None, "report"):
         found = standings.standings(comparison)
-        print(standings.markdown(found, comparison.config.reference))
-        print("\n".join(map(str, [*standings.write(comparison, found), *comparison_pictures.draw(comparison, found)])))
+        print(comparison_tables.markdown(found, comparison.config.reference))
+        print("\n".join(map(str, [*comparison_tables.write(comparison, found), *comparison_pictures.draw(comparison, found)])))
     return 0
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from distfl import settings
 from distfl.config import CompareConfig, ContenderConfig, ScenarioConfig, TrainConfig
-from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError, PlanError
-from distfl.files import write_atomically
+from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DistflError, PlanError
+from distfl.files import write_json
 from distfl.reporting import Run, read_run
 
 SIGNALLED = 128  # exit codes above say by which signal
-REFUSED = "refused.txt"  # beside a run's folder: why no client of this method can take part
+REFUSED = ".refused.json"  # beside a run's folder: why no client of this method can take part, and with which config
+OWN_KEYS = ("seed", "run.folder", "method")  # what a comparison sets itself
+CAPS_AND_DATA = ("fleet", "data", "evaluation")  # what must be the same for all methods of a scenario
 Start = Callable[[list[str], bool], int]  # arguments of a training, whether to resume -> exit code
 
 
@@ -45,17 +47,24 @@ class Trial:
 
     @property
     def refusal(self) -> str | None:
-        """Why the method cannot take part in the scenario; None where it can, or nobody has tried."""
-        path = self.folder.with_suffix(f".{REFUSED}")
-        return path.read_text().strip() if path.is_file() else None
+        """Why the method cannot take part in the scenario; None where it can, or nobody has tried with this config."""
+        path = self._refused
+        if not path.is_file():
+            return None
+        refused = json.loads(path.read_text())
+        return None if self._differences(refused["config"]) else refused["why"]
 
     def refuse(self, why: str) -> None:
-        write_atomically(self.folder.with_suffix(f".{REFUSED}"), why + "\n")
+        write_json(self._refused, {"why": why, "config": settings.to_dict(self.config())})
+
+    @property
+    def _refused(self) -> Path:
+        return self.folder.with_name(self.folder.name + REFUSED)
 
     @property
     def is_settled(self) -> bool:
         """Nothing is left to be done (raises CheckpointError as ``run`` does)."""
-        return self.refusal is not None or self.run() is not None
+        return self.run() is not None or self.refusal is not None
 
     def run(self) -> Run | None:
         """The finished run; None where there is none yet.
@@ -66,14 +75,18 @@ class Trial:
         if not (self.folder / "finished").is_file():
             return None
         run = read_run(self.folder)
-        found, wanted = settings.to_dict(run.config), settings.to_dict(self.config())
-        if different := [key for key in wanted if key not in ("run", "launch") and found[key] != wanted[key]]:
+        if different := self._differences(settings.to_dict(run.config)):
             raise CheckpointError(
                 f"{self.contender} in {self.scenario}, seed {self.seed}, from {self.folder}",
                 f"a run whose {different} differ",
                 "set output to another folder, or delete that one",
             )
         return run
+
+    def _differences(self, found: dict) -> list[str]:
+        """Sections of a config that are not as wanted; where a run lies and how it is started does not matter."""
+        found, wanted = json.loads(json.dumps(found)), json.loads(json.dumps(settings.to_dict(self.config())))
+        return [key for key in wanted if key not in ("run", "launch") and found.get(key) != wanted[key]]
 
 
 class Comparison:
@@ -87,9 +100,24 @@ class Comparison:
         self.config, self.output = config, Path(config.output)
         self._train = path.parent / config.train
         self._base = settings.load(TrainConfig, self._train)
+        from distfl.methods.base import load_method
+
+        _refuse_keys("tuning.overrides", config.tuning.overrides, self._set_keys)
+        for contender in config.methods:
+            load_method(contender.method, contender.options)
+            _refuse_keys(f"overrides of the method {label(contender)}", contender.overrides, (*self._set_keys, *CAPS_AND_DATA))
         for scenario in config.scenarios:
-            for contender in self.contenders(scenario):
-                self._trial(scenario, contender, config.seeds[0], None, "runs").config()  # refused before anything runs
+            _refuse_keys(f"overrides of the scenario {scenario.name}", scenario.overrides, self._set_keys)
+            for contender in self.contenders(scenario):  # refused before anything runs
+                for seed in config.seeds:
+                    self._trial(scenario, contender, seed, None, "runs").config()
+                for trial in self._tuning_of(scenario, contender):
+                    trial.config()
+
+    @property
+    def _set_keys(self) -> tuple[str, ...]:
+        tuned = ("training.learning_rate", "training.final_learning_rate") if self.config.tuning.learning_rates else ()
+        return (*OWN_KEYS, *tuned)
 
     @property
     def labels(self) -> list[str]:
@@ -114,29 +142,39 @@ class Comparison:
 
         Raises:
             CheckpointError: a run that chooses a learning rate is missing.
+            ConfigError: a method takes its learning rate from a scenario in which it cannot take part.
         """
-        return [
-            self._trial(scenario, contender, seed, self.learning_rate(scenario, contender), "runs")
-            for seed in self.config.seeds
-            for scenario in self.config.scenarios
-            for contender in self.contenders(scenario)
-        ]
+        places = [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
+        rated = [(scenario, contender, self.learning_rate(scenario, contender)) for scenario, contender in places]
+        return [self._trial(*one, seed, rate, "runs") for seed in self.config.seeds for *one, rate in rated]
 
     def learning_rate(self, scenario: ScenarioConfig, contender: ContenderConfig) -> float | None:
-        """The tuned one; the first of the list where the method cannot take part, None where none is tuned."""
+        """The tuned one; the first of the list where the method cannot take part, None where none is tuned (raises as ``trials``)."""
         where = next(one for one in self.config.scenarios if one.name == (scenario.rates_of or scenario.name))
         losses = {}
         for trial in self._tuning_of(where, contender):
-            if trial.refusal:
+            if (run := trial.run()) is not None:
+                losses[trial.learning_rate] = run.evaluated[-1]["test_loss"]
+            elif trial.refusal:
+                self._check_refused(scenario, where, contender, trial.learning_rate)
                 return trial.learning_rate
-            if (run := trial.run()) is None:
+            else:
                 raise CheckpointError(
                     f"the learning rate of {label(contender)} in {scenario.name}",
                     f"{trial.folder} is not finished",
                     "run the tuning first: distfl compare CONFIG --stage tuning",
                 )
-            losses[trial.learning_rate] = run.evaluated[-1]["test_loss"]
         return min(losses, key=losses.get, default=None)
+
+    def _check_refused(self, scenario: ScenarioConfig, where: ScenarioConfig, contender: ContenderConfig, rate: float) -> None:
+        """That a method without a tuned rate does not run with one that nobody tuned."""
+        own = self._trial(scenario, contender, self.config.seeds[0], rate, "runs")
+        if scenario is not where and own.refusal is None and why_not(own) is None:
+            raise ConfigError(
+                f"the learning rate of {label(contender)} in {scenario.name}, rates_of {where.name}",
+                "in that scenario it cannot take part, so no rate of it was tuned there",
+                f"leave rates_of of {scenario.name} away, or name a scenario in which every method can take part",
+            )
 
     def _tuning_of(self, scenario: ScenarioConfig, contender: ContenderConfig) -> list[Trial]:
         tuning = self.config.tuning
@@ -170,6 +208,16 @@ def label(contender: ContenderConfig) -> str:
     return contender.label or contender.method
 
 
+def _refuse_keys(what: str, overrides: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse overrides of settings that are the comparison's own, or that must be the same for all."""
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        if found := [key for key in keys if name == key or name.startswith(f"{key}.")]:
+            raise ConfigError(
+                f"{what}: {override}", f"{found[0]} is for the comparison to set, alike for all methods", f"leave {name} away there"
+            )
+
+
 def share_of(trials: Sequence[Trial], task: int, tasks: int) -> list[Trial]:
     """Those of one of several workers (raises ConfigError)."""
     if not 0 <= task < tasks:
@@ -177,19 +225,32 @@ def share_of(trials: Sequence[Trial], task: int, tasks: int) -> list[Trial]:
     return list(trials[task::tasks])
 
 
-def make(trials: Sequence[Trial], start: Start, say: Callable[[str], None]) -> tuple[list[Trial], int]:
+def make(
+    trials: Sequence[Trial], start: Start, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+) -> tuple[list[Trial], int]:
     """Make the runs that are missing, one after another.
+
+    Args:
+        stop: asked before each of them.
 
     Returns:
         Those that failed, and the exit code that asked to stop: 0, or that of a run ended by a signal.
     """
     failed = []
     for number, trial in enumerate(trials, start=1):
+        if stop():
+            return failed, EXIT_REQUEUE
         what = f"{number} of {len(trials)}: {trial.scenario}, {trial.contender}, seed {trial.seed}"
         what += f", learning rate {trial.learning_rate:g}" if trial.learning_rate is not None else ""
         if trial.is_settled:
             continue
-        if why := why_not(trial):
+        try:
+            why = why_not(trial)
+        except DistflError as error:  # of this one alone: the others go on
+            say(f"{what}: {error}")
+            failed.append(trial)
+            continue
+        if why:
             say(f"{what}: cannot take part: {why}")
             trial.refuse(why)
             continue
@@ -205,7 +266,7 @@ def make(trials: Sequence[Trial], start: Start, say: Callable[[str], None]) -> t
 
 
 def why_not(trial: Trial) -> str | None:
-    """Why no client can take part, in a line; None where some can."""
+    """Why no client can take part, in a line; None where some can (raises DistflError where no run can be at all)."""
     from distfl.jobs import prepare
 
     try:

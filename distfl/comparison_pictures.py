@@ -10,6 +10,8 @@ from distfl.fleet import MEGA
 from distfl.reporting import read_run
 from distfl.standings import Standing
 
+MARKERS = "osD^v"  # colours repeat after ten methods, colour and marker after fifty
+
 
 def _plot():
     import matplotlib
@@ -22,10 +24,25 @@ def _plot():
 
 def draw(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
     """comparison.png and rounds.png; returns their paths."""
-    return [_overview(comparison, found, comparison.output / "comparison.png"), _over_rounds(found, comparison.output / "rounds.png")]
+    paths = [comparison.output / name for name in ("comparison.png", "rounds.png")]
+    for drawn, path in zip((_overview, _over_rounds), paths):
+        drawn(comparison, found, path)
+    return paths
 
 
-def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> Path:
+def _style(comparison: Comparison, method: str) -> dict[str, str]:
+    """The same for a method in all panels of all pictures."""
+    number = comparison.labels.index(method)
+    return {"label": method, "color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
+
+
+def _legend(figure) -> None:
+    """One beside all panels, with every method that is in any of them."""
+    drawn = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
+
+
+def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> None:
     """Accuracy against every axis of the scenarios, against bytes sent, and against FLOPs; bars are deviations over seeds."""
     plot, scenarios = _plot(), comparison.config.scenarios
     axes_of = list(dict.fromkeys(scenario.axis for scenario in scenarios if scenario.axis))
@@ -45,22 +62,21 @@ def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> 
         axes.set(title=title, xlabel=unit, xscale="log")
     for axes in panels:
         axes.set_ylabel("next-token accuracy on held-out text")
-    panels[0].legend(fontsize="small")
+    _legend(figure)
     figure.savefig(path, dpi=110)
     plot.close(figure)
-    return path
 
 
 def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Callable[[Standing], float], style: str) -> None:
-    for number, method in enumerate(comparison.labels):
+    for method in comparison.labels:
         own = [standing for standing in found if standing.method == method and standing.results]
         points = sorted((value(s), s.mean("accuracy"), s.deviation("accuracy") or 0.0) for s in own)
         if points:
             where, accuracy, deviation = zip(*points)
-            axes.errorbar(where, accuracy, deviation, marker="o", linestyle=style, capsize=3, label=method, color=f"C{number}")
+            axes.errorbar(where, accuracy, deviation, linestyle=style, capsize=3, **_style(comparison, method))
 
 
-def _over_rounds(found: Sequence[Standing], path: Path) -> Path:
+def _over_rounds(comparison: Comparison, found: Sequence[Standing], path: Path) -> None:
     """Accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
     plot = _plot()
     scenarios = list(dict.fromkeys(standing.scenario for standing in found))
@@ -68,15 +84,14 @@ def _over_rounds(found: Sequence[Standing], path: Path) -> Path:
     rows = -(-len(scenarios) // columns)
     figure, panels = plot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), constrained_layout=True, squeeze=False)
     for axes, scenario in zip(panels.flat, scenarios):
-        for number, standing in enumerate(standing for standing in found if standing.scenario == scenario):
-            if standing.results:
+        for standing in found:
+            if standing.scenario == scenario and standing.results:
                 evaluated = read_run(Path(standing.results[0].folder)).evaluated
                 line = [(record["round"], record["test_accuracy"]) for record in evaluated]
-                axes.plot(*zip(*line), label=standing.method, color=f"C{number}")
+                axes.plot(*zip(*line), **_style(comparison, standing.method))
         axes.set(title=scenario, xlabel="round", ylabel="accuracy")
     for axes in panels.flat[len(scenarios) :]:
         axes.axis("off")
-    panels[0][0].legend(fontsize="small")
+    _legend(figure)
     figure.savefig(path, dpi=110)
     plot.close(figure)
-    return path

@@ -387,14 +387,14 @@ class CompareConfig:
         for key, given in (("methods", labels), ("scenarios", names), ("seeds", list(self.seeds))):
             require(given and len(set(given)) == len(given), key, given, "a list without repetition")
         for name in (*labels, *names):  # they become folders
-            plain = all(letter.isalnum() or letter in "-_." for letter in name)
-            require(plain, "name or label", name, "of letters, digits and -_. only")
+            plain = name.strip(".") and all(letter.isalnum() or letter in "-_." for letter in name)
+            require(bool(plain), "name or label", name, "of letters, digits and -_. only, and not of dots alone")
         require(self.reference in labels, "reference", self.reference, f"one of {labels}")
         require(self.ranks is None or self.ranks >= 2, "ranks", self.ranks, "2 or more")
         require(self.tuning.seed not in self.seeds, "tuning.seed", self.tuning.seed, "none of seeds")
         for scenario in self.scenarios:
-            given = scenario.methods or (self.reference,)
+            given = scenario.methods if scenario.methods is not None else labels
             rule = f"labels among {labels}, with {self.reference}"
-            require(self.reference in given and set(given) <= {*labels}, f"scenarios[{scenario.name}].methods", given, rule)
+            require(self.reference in given and {*given} <= {*labels}, f"scenarios[{scenario.name}].methods", given, rule)
             tuned = [other.name for other in self.scenarios if other.rates_of is None]
             require(scenario.rates_of in (None, *tuned), f"scenarios[{scenario.name}].rates_of", scenario.rates_of, f"one of {tuned}")

@@ -211,15 +211,23 @@ def _ranks_of(mpirun: int, known: set[int]) -> set[int]:
 
 
 def run_child(arguments: Sequence[str]) -> int:
-    """Run ``distfl arguments`` in a process of its own and wait; Ctrl-C reaches it by itself, other signals are passed on.
+    """Run a ``distfl train`` in a process of its own and wait; Ctrl-C reaches it by itself, other signals are passed on.
 
     Returns:
         The exit code; 128 + the signal's number where one ended it.
     """
+    hold_signals()  # the process inherits that: SIGUSR1 waits until it handles it
     process = subprocess.Popen([sys.executable, "-m", "distfl", *arguments], stdin=subprocess.DEVNULL)
-    passed_on = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in passed_on}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}
+
+    def pass_on(number: int, frame: object) -> None:
+        process.send_signal(number)
+        if callable(before[number]):  # SIGUSR1 is a request to the caller, too: the process may end before it looks
+            before[number](number, frame)
+
+    for number in before:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     try:
         code = process.wait()
     finally:

@@ -1,26 +1,24 @@
-"""What a comparison found: means and deviations over seeds, differences to the reference paired by seed, tables, pictures.
+"""What a comparison found: means and deviations over seeds, differences to the reference paired by seed.
 
 Every number comes from run folders.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from distfl.comparison import Comparison, Trial
-from distfl.files import write_atomically
+from distfl.errors import CheckpointError
 from distfl.fleet import MEGA
 from distfl.reporting import Run
 
 QUADRATURE_POINTS = 20_001
+GIGA = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,17 @@ class Result:
     Args:
         accuracy, loss: of the last evaluation, on all clients' held-out text.
         before: accuracy before any training.
-        peak_share: largest measured peak over cap of all client rounds.
-        slack_share: part of its cap that a client that took part left unused, mean over client rounds.
+        peak_share, upload_share, flops_share: largest of all client rounds over its cap; None where nobody has such a cap.
+        slack_share: part of the cap it came closest to that a client that took part left unused, mean over client rounds.
         part_share: part of the clients whose budgets let them take part.
         over_cap: client rounds that ran into their cap.
-        upload_bytes, download_bytes, flops: of all clients and rounds; the first distribution of the model is in neither.
-        lowest_group, group_gap: accuracy of the budget group that is worst off, and how far it lies below the best.
-        torch, library, enforced_by, tokens_checksum, weights_checksum: of its manifest; where it was resumed, of its last start.
+        upload_bytes, download_bytes, flops: of all clients and rounds.
+        first_download_bytes: the model that a client is sent when it takes part for the first time; not in download_bytes.
+        lowest_group, group_gap: accuracy of the budget group that is worst off, and how far it lies below the best; None where all
+            clients are of one group, and so are the next two.
+        lowest_gain, gain_gap: the same of what groups gained over the pretrained model, whose accuracy differs between their texts.
+        torch, library, enforced_by, tokens_checksum, weights_checksum, source_checksum: of its manifest; where it was resumed, of
+            its last start.
     """
 
     scenario: str
@@ -49,31 +51,40 @@ class Result:
     before: float
     loss: float
     peak_share: float | None
+    upload_share: float | None
+    flops_share: float | None
     slack_share: float | None
     part_share: float
     over_cap: int
     upload_bytes: int
     download_bytes: int
+    first_download_bytes: int
     flops: int
     seconds: float
-    lowest_group: float
-    group_gap: float
+    lowest_group: float | None
+    group_gap: float | None
+    lowest_gain: float | None
+    gain_gap: float | None
     torch: str
     library: str
     enforced_by: str
     tokens_checksum: str
     weights_checksum: str
+    source_checksum: str
     folder: str
 
 
 def result_of(trial: Trial, run: Run) -> Result:
     """What one run showed."""
-    last = run.evaluated[-1]
+    first, last = run.evaluated[0], run.evaluated[-1]
     took_part = [report for report in run.clients if report["blocks"] or report["ok"]]
-    shares = [report["measured_peak_bytes"] / report["memory_bytes"] for report in took_part]
+    used = [_used(run, report) for report in took_part]
     blocks = sorted({report["blocks"] for report in took_part})
     start = run.manifest["starts"][-1]
-    groups = [score["accuracy"] for score in last["groups"].values() if score["accuracy"] is not None]
+    scores = [
+        (first["groups"][name]["accuracy"], score["accuracy"]) for name, score in last["groups"].items() if score["accuracy"] is not None
+    ]
+    after, gains, unlike = [end for _, end in scores], [end - begin for begin, end in scores], len(scores) > 1
     return Result(
         scenario=trial.scenario,
         method=trial.contender,
@@ -82,25 +93,40 @@ def result_of(trial: Trial, run: Run) -> Result:
         depth=run.manifest["depth"],
         blocks="-".join(map(str, sorted({blocks[0], blocks[-1]}))) if blocks else "-",
         accuracy=last["test_accuracy"],
-        before=run.evaluated[0]["test_accuracy"],
+        before=first["test_accuracy"],
         loss=last["test_loss"],
-        peak_share=max(shares, default=None),
-        slack_share=1 - statistics.mean(shares) if shares else None,
+        **{f"{what}_share": max((shares[what] for shares in used if what in shares), default=None) for what in ("peak", "upload", "flops")},
+        slack_share=1 - statistics.mean(max(shares.values()) for shares in used) if used else None,
         part_share=run.manifest["able"] / len(run.manifest["groups"]),
         over_cap=sum(report["cause"] == "over_cap" for report in run.clients),
         upload_bytes=sum(record["upload_bytes"] for record in run.rounds),
         download_bytes=sum(record["download_bytes"] for record in run.rounds),
+        first_download_bytes=sum(record["first_download_bytes"] for record in run.rounds),
         flops=sum(record["flops"] for record in run.rounds),
         seconds=sum(record["seconds"] for record in run.rounds),
-        lowest_group=min(groups),
-        group_gap=max(groups) - min(groups),
+        lowest_group=min(after) if unlike else None,
+        group_gap=max(after) - min(after) if unlike else None,
+        lowest_gain=min(gains) if unlike else None,
+        gain_gap=max(gains) - min(gains) if unlike else None,
         torch=start["torch"],
         library=start["library"],
         enforced_by=start["memory_enforced_by"],
         tokens_checksum=run.manifest["tokens_checksum"],
         weights_checksum=run.manifest["weights_checksum"],
+        source_checksum=start["source_checksum"],
         folder=str(trial.folder),
     )
+
+
+def _used(run: Run, report: dict) -> dict[str, float]:
+    """Parts of its caps that a client used in a round."""
+    (group,) = (group for group in run.config.fleet.groups if group.name == report["group"])
+    shares = {"peak": report["measured_peak_bytes"] / report["memory_bytes"]}
+    if group.upload_mb is not None:
+        shares["upload"] = report["upload_bytes"] / (group.upload_mb * MEGA)
+    if group.gflops is not None:
+        shares["flops"] = report["flops"] / (group.gflops * GIGA)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -118,14 +144,6 @@ class Differences:
         if deviation == 0:
             return 1.0 if mean == 0 else 0.0
         return two_sided_p(mean / (deviation / math.sqrt(len(self.values))), len(self.values) - 1)
-
-    def cells(self, scale: float, digits: int) -> list[str]:
-        """Mean and sample deviation, then p; empty where there is nothing to say."""
-        if not self.values:
-            return ["", ""]
-        spread = f" ± {scale * statistics.stdev(self.values):.{digits}f}" if len(self.values) > 1 else ""
-        p = "" if self.p_value is None else f"{self.p_value:.3f}"
-        return [f"{scale * statistics.mean(self.values):+.{digits}f}{spread}", p]
 
 
 @dataclass(frozen=True)
@@ -150,9 +168,13 @@ class Standing:
         known = [getattr(result, key) for result in self.results if getattr(result, key) is not None]
         return statistics.mean(known) if known else None
 
+    def largest(self, key: str) -> float | None:
+        """Of all seeds; None where nothing is known."""
+        return max((getattr(result, key) for result in self.results if getattr(result, key) is not None), default=None)
+
     def deviation(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None with fewer than two."""
-        known = [getattr(result, key) for result in self.results]
+        known = [getattr(result, key) for result in self.results if getattr(result, key) is not None]
         return statistics.stdev(known) if len(known) > 1 else None
 
 
@@ -167,7 +189,8 @@ def standings(comparison: Comparison) -> list[Standing]:
     """All methods in all scenarios, in the order of the config, as far as their runs are finished.
 
     Raises:
-        CheckpointError: learning rates are not tuned yet, or a folder holds another run.
+        CheckpointError: learning rates are not tuned yet, a folder holds another run, or runs that are compared had other data
+            or other pretrained weights.
     """
     found: dict[tuple[str, str], list[Result]] = {}
     refusals: dict[tuple[str, str], str] = {}
@@ -175,10 +198,11 @@ def standings(comparison: Comparison) -> list[Standing]:
     for trial in trials:
         place = (trial.scenario, trial.contender)
         of_place = found.setdefault(place, [])
-        if trial.refusal:
-            refusals[place] = trial.refusal
-        elif (run := trial.run()) is not None:
+        if (run := trial.run()) is not None:
             of_place.append(result_of(trial, run))
+        elif trial.refusal:
+            refusals[place] = trial.refusal
+    _check_alike([result for results in found.values() for result in results])
     made = []
     for place, results in found.items():
         reference = found[place[0], comparison.config.reference]
@@ -187,95 +211,20 @@ def standings(comparison: Comparison) -> list[Standing]:
     return made
 
 
+def _check_alike(results: Sequence[Result]) -> None:
+    """That what is compared started from the same text and, at the same depth, from the same weights."""
+    first: dict[tuple, Result] = {}
+    for result in results:
+        for key, place in (("tokens_checksum", ()), ("weights_checksum", (result.depth,))):
+            other = first.setdefault((key, result.scenario, result.seed, *place), result)
+            if getattr(result, key) != getattr(other, key):
+                raise CheckpointError(
+                    f"comparing {other.folder} with {result.folder}",
+                    f"their manifests' {key} differ: they were made with other data or another family",
+                    "delete one of the folders and make the run again",
+                )
+
+
 def _above(results: Sequence[Result], reference: Sequence[Result], key: str) -> Differences:
     by_seed = {result.seed: getattr(result, key) for result in reference}
     return Differences(tuple(getattr(result, key) - by_seed[result.seed] for result in results if result.seed in by_seed))
-
-
-# --- tables ----------------------------------------------------------------------------------
-
-HEAD = (
-    "method",
-    "accuracy",
-    "to reference",
-    "p",
-    "loss",
-    "to reference",
-    "p",
-    "depth: blocks",
-    "peak/cap",
-    "slack",
-    "took part",
-    "over cap",
-    "up MB",
-    "down MB",
-    "TFLOP",
-    "lowest group",
-    "gap",
-    "rate",
-    "s",
-)
-
-
-def markdown(found: Sequence[Standing], reference: str) -> str:
-    """A table for each scenario: means over seeds, sample deviations behind the plus-minus sign."""
-    parts = []
-    for scenario in dict.fromkeys(standing.scenario for standing in found):
-        rows = [_row(standing, reference) for standing in found if standing.scenario == scenario]
-        lines = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
-        parts.append("\n".join([f"### {scenario}", "", *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _row(standing: Standing, reference: str) -> list[str]:
-    if standing.refusal:
-        return [standing.method, f"cannot take part: {standing.refusal}", *[""] * (len(HEAD) - 2)]
-    if not standing.results:
-        return [standing.method, "no finished run yet", *[""] * (len(HEAD) - 2)]
-    mean, first = standing.mean, standing.results[0]
-    same = standing.method == reference
-    return [
-        standing.method,
-        _percent(mean("accuracy"), standing.deviation("accuracy")),
-        *(["", ""] if same else standing.accuracy_above.cells(100, 2)),
-        f"{mean('loss'):.4f}",
-        *(["", ""] if same else standing.loss_above.cells(1, 4)),
-        f"{first.depth}: {first.blocks}",
-        _percent(max((r.peak_share for r in standing.results if r.peak_share is not None), default=None)),
-        _percent(mean("slack_share")),
-        _percent(mean("part_share")),
-        str(sum(result.over_cap for result in standing.results)),
-        f"{mean('upload_bytes') / MEGA:.1f}",
-        f"{mean('download_bytes') / MEGA:.1f}",
-        f"{mean('flops') / 1e12:.2f}",
-        _percent(mean("lowest_group")),
-        _percent(mean("group_gap")),
-        f"{first.learning_rate:g}",
-        f"{mean('seconds'):.0f}",
-    ]
-
-
-def _percent(share: float | None, deviation: float | None = None) -> str:
-    if share is None:
-        return "-"
-    return f"{100 * share:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
-
-
-def comma_separated(found: Sequence[Standing]) -> str:
-    """Every finished run, a line each."""
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, [field.name for field in fields(Result)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(result) for standing in found for result in standing.results)
-    return lines.getvalue()
-
-
-def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
-    """comparison.md and comparison.csv; returns their paths."""
-    text = "Accuracies, peaks over caps, slack and shares in percent; bytes and FLOPs of all clients and rounds; mean of "
-    counts = sorted({len(standing.results) for standing in found if standing.results})
-    text += f"{' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds ± sample deviation; "
-    text += f'"to reference": less {comparison.config.reference} with the same seed; p: of a paired t-test.\n\n'
-    write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
-    write_atomically(comparison.output / "comparison.csv", comma_separated(found))
-    return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from distfl import comparison, comparison_pictures, settings, standings
+from distfl import comparison, comparison_pictures, comparison_tables, settings, standings
 from distfl.comparison import Comparison, make, share_of
 from distfl.config import CompareConfig, TrainConfig
 from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError
@@ -45,8 +45,9 @@ def compare(tmp_path, monkeypatch):
 class Trainings:
     """Stands for the command: writes a run folder whose figures follow from its config."""
 
-    def __init__(self, codes=()):
+    def __init__(self, codes=(), tokens="t", weights="w", enforced_by="rlimit"):
         self.started, self._codes = [], list(codes)
+        self.tokens, self.weights, self.enforced_by = tokens, weights, enforced_by
 
     def __call__(self, arguments: list[str], resume: bool) -> int:
         config = settings.load(TrainConfig, arguments[1], arguments[2:])
@@ -61,15 +62,19 @@ class Trainings:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(settings.to_yaml(config))
         starts = [
-            {"torch": "1", "library": "first", "memory_enforced_by": "rlimit"},
-            {"torch": "2", "library": "", "memory_enforced_by": ""},
+            {"torch": "1", "library": "first", "memory_enforced_by": "rlimit", "source_checksum": "a"},
+            {"torch": "2", "library": "", "memory_enforced_by": self.enforced_by, "source_checksum": "b"},
         ]
-        manifest = {"depth": 3, "groups": {"a": "all", "b": "all"}, "able": 1, "tokens_checksum": "t", "weights_checksum": "w"}
+        manifest = {"depth": 3, "groups": {"a": "all", "b": "all"}, "able": 1}
+        manifest |= {"tokens_checksum": self.tokens, "weights_checksum": self.weights}
         (folder / "manifest.json").write_text(json.dumps(manifest | {"starts": starts}))
-        score = {"upload_bytes": 10, "download_bytes": 20, "flops": 30, "seconds": 4.0, "test_loss": loss}
-        rounds = [score | {"round": 0, "test_accuracy": 0.05, "groups": {}}]
-        rounds.append(score | {"round": 1, "test_accuracy": accuracy, "groups": {"all": {"accuracy": accuracy}}})
-        report = {"blocks": 2, "memory_bytes": 100, "cause": None}
+        score = {"upload_bytes": 10, "download_bytes": 20, "first_download_bytes": 50, "flops": 30, "seconds": 4.0, "test_loss": loss}
+        names = [group.name for group in config.fleet.groups]
+        before = {name: {"accuracy": 0.05 * number} for number, name in enumerate(names)}
+        after = {name: {"accuracy": accuracy - 0.1 * number} for number, name in enumerate(names)}
+        rounds = [score | {"round": 0, "test_accuracy": 0.05, "groups": before}]
+        rounds.append(score | {"round": 1, "test_accuracy": accuracy, "groups": after})
+        report = {"blocks": 2, "memory_bytes": 100, "cause": None, "group": names[0], "upload_bytes": 900_000, "flops": 1_500_000_000}
         clients = [report | {"client": 0, "ok": True, "measured_peak_bytes": 80}]
         clients.append(report | {"client": 1, "ok": False, "measured_peak_bytes": 110, "cause": "over_cap"})
         for name, lines in (("rounds.jsonl", rounds), ("clients.jsonl", clients)):
@@ -132,14 +137,15 @@ def test_means_deviations_and_paired_differences(compare):
     (result, *_) = by_place["small", "caff"].results
     assert (result.peak_share, result.part_share, result.over_cap) == (1.1, 0.5, 1)
     assert result.slack_share == pytest.approx(1 - (0.8 + 1.1) / 2)
-    assert (result.upload_bytes, result.download_bytes, result.flops, result.seconds) == (20, 40, 60, 8.0)
-    rows = list(csv.DictReader(io.StringIO(standings.comma_separated(by_place.values()))))
+    assert (result.upload_bytes, result.download_bytes, result.first_download_bytes, result.flops, result.seconds) == (20, 40, 100, 60, 8.0)
+    assert (result.upload_share, result.flops_share, result.lowest_group, result.gain_gap) == (None, None, None, None)
+    rows = list(csv.DictReader(io.StringIO(comparison_tables.comma_separated(by_place.values()))))
     assert len(rows) == 12 and float(rows[0]["accuracy"]) == 0.30
-    assert (rows[0]["torch"], rows[0]["tokens_checksum"], rows[0]["weights_checksum"]) == ("2", "t", "w")
-    text = standings.markdown(list(by_place.values()), "caff")
+    assert [rows[0][key] for key in ("torch", "tokens_checksum", "weights_checksum", "source_checksum")] == ["2", "t", "w", "b"]
+    text = comparison_tables.markdown(list(by_place.values()), "caff")
     assert "| wide | 28.67 ± 2.08 | -2.33 ± 1.53 | 0.118 | 1.7133 | +0.0233 ± 0.0153 | 0.118 |" in text
     assert "| caff | 31.00 ± 1.00 |  |  | 1.6900 |  |  |" in text
-    paths = [*standings.write(made, list(by_place.values())), *comparison_pictures.draw(made, list(by_place.values()))]
+    paths = [*comparison_tables.write(made, list(by_place.values())), *comparison_pictures.draw(made, list(by_place.values()))]
     assert all(path.stat().st_size > 0 for path in paths) and {path.suffix for path in paths} == {".md", ".csv", ".png"}
 
 
@@ -159,7 +165,71 @@ def test_a_method_that_cannot_take_part_is_said_and_not_run(compare, monkeypatch
     make(made.trials(), start, silent)
     found = standings.standings(made)
     assert [one.refusal for one in found] == [None, "too small", None, None]
-    assert "| wide | cannot take part: too small |" in standings.markdown(found, "caff")
+    larger = [COMPARE["scenarios"][0] | {"overrides": ["fleet.groups.0.memory_mb=12"]}, COMPARE["scenarios"][1]]
+    assert all(trial.refusal is None for trial in compare(tuning={}, scenarios=larger).trials())  # another config: to be tried again
+    assert "| wide | cannot take part: too small |" in comparison_tables.markdown(found, "caff")
+
+
+def test_no_method_runs_with_a_rate_that_nobody_tuned(compare, monkeypatch):
+    made, start = compare(), Trainings()
+    monkeypatch.setattr(comparison, "why_not", lambda trial: "no" if (trial.scenario, trial.contender) == ("small", "wide") else None)
+    make(made.tuning(), start, silent)
+    assert len(start.started) == 2
+    with pytest.raises(ConfigError, match=r"wide in large.*rates_of small"):
+        made.trials()
+    monkeypatch.setattr(comparison, "why_not", lambda trial: "no" if trial.contender == "wide" else None)
+    assert [trial.learning_rate for trial in made.trials() if trial.contender == "wide"] == [1e-3] * 6  # none of them will run
+
+
+def test_a_trial_that_cannot_be_does_not_keep_the_others(compare, monkeypatch):
+    made, start, said = compare(tuning={}), Trainings(), []
+
+    def asked(trial):
+        if trial.contender == "wide":
+            raise ConfigError("this", "that", "something")
+
+    monkeypatch.setattr(comparison, "why_not", asked)
+    failed, code = make(made.trials(), start, said.append)
+    assert (len(failed), len(start.started), code) == (6, 6, 0) and any("something" in line for line in said)
+
+
+def test_a_request_to_stop_is_heard_between_two_runs(compare):
+    start, answers = Trainings(), iter([False, False, True])
+    assert make(compare(tuning={}).trials(), start, silent, lambda: next(answers)) == ([], EXIT_REQUEUE)
+    assert len(start.started) == 2
+
+
+@pytest.mark.parametrize("other", [{"tokens": "other"}, {"weights": "other"}])
+def test_runs_on_other_data_or_weights_are_not_compared(compare, other):
+    made = compare(tuning={})
+    trials = made.trials()
+    make(trials[:1], Trainings(), silent)
+    make(trials[1:], Trainings(**other), silent)
+    with pytest.raises(CheckpointError, match="checksum differ"):
+        standings.standings(made)
+
+
+def test_groups_caps_and_what_was_not_enforced_are_told(compare):
+    groups = [{"name": name, "memory_mb": 10, "upload_mb": 1, "gflops": 2, "share": 1} for name in ("weak", "strong")]
+    methods = [{"method": "caff"}, {"method": "allsmall"}]
+    scenarios = [{"name": "two", "overrides": [f"fleet.groups={json.dumps(groups)}"]}]
+    made = compare(tuning={}, seeds=[1, 2], methods=methods, scenarios=scenarios)
+    make(made.trials(), Trainings(enforced_by="report"), silent)
+    found = standings.standings(made)
+    (result, _) = found[0].results
+    assert (result.peak_share, result.upload_share, result.flops_share) == (1.1, 0.9, 0.75)
+    assert result.slack_share == pytest.approx(1 - (0.9 + 1.1) / 2)
+    assert (result.lowest_group, result.group_gap) == pytest.approx((0.2, 0.1))
+    assert (result.lowest_gain, result.gain_gap) == pytest.approx((0.15, 0.15))
+    text = comparison_tables.markdown(found, "caff")
+    assert "| caff (caps NOT enforced) | 31.00 ± 1.41 |" in text and "| upload/cap | FLOP/cap |" in text
+
+
+def test_a_method_looks_the_same_in_all_pictures_and_like_no_other(compare):
+    labels = [f"caff-{number}" for number in range(14)]
+    made = compare(methods=[{"method": "caff", "label": label} for label in labels], reference="caff-0")
+    styles = [comparison_pictures._style(made, label) for label in labels]
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(labels)
 
 
 def test_a_run_of_another_config_is_not_taken_for_this_one(compare):
@@ -183,6 +253,18 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(compare):
         {"scenarios": [{"name": "a", "overrides": ["rounds=none"]}]},
         {"scenarios": [{"name": "a", "overrides": ["roundz=3"]}]},
         {"tuning": {"seed": 2}},
+        {"tuning": {"learning_rates": [-1.0]}},
+        {"tuning": {"learning_rates": [1e-3], "overrides": ["roundz=1"]}},
+        {"tuning": {"learning_rates": [1e-3], "overrides": ["training.learning_rate=1"]}},
+        {"seeds": [1, -1]},
+        {"methods": [{"method": "caff"}, {"method": "lorra"}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "options": {"rnak": 3}}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["fleet.groups.0.memory_mb=200"]}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["data.clients=3"]}]},
+        {"scenarios": [{"name": "a", "methods": []}]},
+        {"scenarios": [{"name": ".."}]},
+        {"scenarios": [{"name": ""}]},
+        {"scenarios": [{"name": "a", "overrides": ["seed=4"]}]},
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(compare, change):

@@ -27,7 +27,8 @@ ORDER = """
     aggregation server_optimizer checkpoints
     hosting exchange calibration
     recovery results rounds
-    pretrain reporting audit scaling jobs plans progress recording comparison standings comparison_pictures running
+    pretrain reporting audit scaling jobs plans progress recording comparison standings comparison_tables comparison_pictures
+    running
     doctor cli __main__
 """
 

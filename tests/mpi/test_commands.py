@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import sys
 
 import pytest
+import yaml
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 START_OF_RANKS = "plain"
@@ -128,3 +130,26 @@ def test_a_plan_tells_the_downloads_that_a_round_then_counts(distfl, config, tmp
     for client, sent in last["payload"]["down"].items():
         units = sum(bytes_ for unit, bytes_ in sent.items() if unit != "assignment")
         assert units / 1e6 == pytest.approx(downloads[groups[client]], abs=6e-4)
+
+
+def test_methods_are_compared_and_a_comparison_goes_on_where_it_was_asked_to_stop(distfl, config, tmp_path):
+    compare, out = tmp_path / "compare.yaml", tmp_path / "out"
+    plan = {"train": config.name, "output": str(out), "seeds": [1], "methods": [{"method": "caff"}, {"method": "lora"}]}
+    plan |= {"scenarios": [{"name": "only", "overrides": ["rounds=1"]}], "tuning": {"learning_rates": [1e-3]}}
+    compare.write_text(yaml.safe_dump(plan))
+    early = distfl("compare", compare, "--stage", "runs")
+    assert early.returncode == 2 and "run the tuning first" in early.stderr
+    process = distfl.start("compare", compare, "--stage", "tuning")
+    distfl.wait_for_round(out / "tuning/only/caff/seed-1000-rate-0.001", 0, process)
+    process.send_signal(signal.SIGUSR1)
+    told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert not (out / "tuning/only/lora").exists()
+    done = distfl("compare", compare)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| lora | " in done.stdout and "NOT enforced" not in done.stdout
+    assert {path.name for path in out.glob("*.*")} == {"comparison.md", "comparison.csv", "comparison.png", "rounds.png"}
+    listed = distfl("compare", compare, "--stage", "list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["finished"] * 4
+    refused = distfl("compare", compare, 'methods.1.options={"rnak": 3}')
+    assert refused.returncode == 2 and "rnak" in refused.stderr

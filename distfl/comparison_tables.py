@@ -1,0 +1,124 @@
+"""Tables of a comparison: Markdown, a row for each method in each scenario, and CSV, a line for each run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from distfl.comparison import Comparison
+from distfl.files import write_atomically
+from distfl.fleet import MEGA
+from distfl.standings import Differences, Result, Standing
+
+HEAD = (
+    "method",
+    "accuracy",
+    "to reference",
+    "p",
+    "loss",
+    "to reference",
+    "p",
+    "depth: blocks",
+    "peak/cap",
+    "upload/cap",
+    "FLOP/cap",
+    "slack",
+    "took part",
+    "over cap",
+    "up MB",
+    "down MB",
+    "first MB",
+    "TFLOP",
+    "lowest group",
+    "gap",
+    "lowest gain",
+    "gain gap",
+    "rate",
+    "s",
+    "seeds",
+)
+
+
+def markdown(found: Sequence[Standing], reference: str) -> str:
+    """A table for each scenario; columns in which nothing is known of any method are left out."""
+    parts = []
+    for scenario in dict.fromkeys(standing.scenario for standing in found):
+        rows = [_row(standing, reference) for standing in found if standing.scenario == scenario]
+        known = [column for column in range(len(HEAD)) if column < 2 or any(row[column] not in ("", "-") for row in rows)]
+        lines = [f"| {' | '.join(row[column] for column in known)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
+        parts.append("\n".join([f"### {scenario}", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(standing: Standing, reference: str) -> list[str]:
+    if not standing.results:
+        why = f"cannot take part: {standing.refusal}" if standing.refusal else "no finished run yet"
+        return [standing.method, why, *[""] * (len(HEAD) - 2)]
+    mean, results = standing.mean, standing.results
+    same = standing.method == reference
+    enforced = all(result.enforced_by != "report" for result in results)
+    return [
+        standing.method if enforced else f"{standing.method} (caps NOT enforced)",
+        _percent(mean("accuracy"), standing.deviation("accuracy")),
+        *(["", ""] if same else _above(standing.accuracy_above, 100, 2)),
+        f"{mean('loss'):.4f}",
+        *(["", ""] if same else _above(standing.loss_above, 1, 4)),
+        ", ".join(dict.fromkeys(f"{result.depth}: {result.blocks}" for result in results)),
+        *(_percent(standing.largest(f"{what}_share")) for what in ("peak", "upload", "flops")),
+        _percent(mean("slack_share")),
+        _percent(mean("part_share")),
+        str(sum(result.over_cap for result in results)),
+        f"{mean('upload_bytes') / MEGA:.1f}",
+        f"{mean('download_bytes') / MEGA:.1f}",
+        f"{mean('first_download_bytes') / MEGA:.1f}",
+        f"{mean('flops') / 1e12:.2f}",
+        *(_percent(mean(key), standing.deviation(key)) for key in ("lowest_group", "group_gap", "lowest_gain", "gain_gap")),
+        ", ".join(dict.fromkeys(f"{result.learning_rate:g}" for result in results)),
+        f"{mean('seconds'):.0f}",
+        str(len(results)),
+    ]
+
+
+def _above(differences: Differences, scale: float, digits: int) -> list[str]:
+    """Mean and sample deviation, then p; empty where there is nothing to say."""
+    values = [scale * value for value in differences.values]
+    if not values:
+        return ["", ""]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    p = "" if differences.p_value is None else f"{differences.p_value:.3f}"
+    return [f"{statistics.mean(values):+.{digits}f}{spread}", p]
+
+
+def _percent(share: float | None, deviation: float | None = None) -> str:
+    if share is None:
+        return "-"
+    return f"{100 * share:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
+
+
+def comma_separated(found: Sequence[Standing]) -> str:
+    """Every finished run, a line each."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, [field.name for field in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(result) for standing in found for result in standing.results)
+    return lines.getvalue()
+
+
+def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
+    """comparison.md and comparison.csv; returns their paths."""
+    results = [result for standing in found for result in standing.results]
+    text = (
+        "Accuracies, parts of caps, slack (of the cap that is closest) and shares of clients in percent; bytes and FLOPs of all clients\n"
+        'and rounds, "first" being whole models for clients that take part for the first time; means over seeds ± sample deviation;\n'
+        f'"to reference": less {comparison.config.reference} with the same seed; p: of a paired t-test, not corrected for their number.\n\n'
+    )
+    sources = {result.source_checksum for result in results}
+    if len(sources) > 1:
+        text += f"The runs were made by {len(sources)} versions of the package (source_checksum in comparison.csv).\n\n"
+    write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
+    write_atomically(comparison.output / "comparison.csv", comma_separated(found))
+    return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

@@ -8,6 +8,7 @@ once, with a seed of its own; the lowest loss on held-out text decides.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,11 @@ class Comparison:
     """
 
     def __init__(self, path: Path, config: CompareConfig):
+        from distfl.methods.base import load_method
+
         self.config, self.output = config, Path(config.output)
         self._train = path.parent / config.train
         self._base = settings.load(TrainConfig, self._train)
-        from distfl.methods.base import load_method
-
         _refuse_keys("tuning.overrides", config.tuning.overrides, self._set_keys)
         for contender in config.methods:
             load_method(contender.method, contender.options)
@@ -154,7 +155,8 @@ class Comparison:
         losses = {}
         for trial in self._tuning_of(where, contender):
             if (run := trial.run()) is not None:
-                losses[trial.learning_rate] = run.evaluated[-1]["test_loss"]
+                loss = run.evaluated[-1]["test_loss"]
+                losses[trial.learning_rate] = loss if math.isfinite(loss) else math.inf
             elif trial.refusal:
                 self._check_refused(scenario, where, contender, trial.learning_rate)
                 return trial.learning_rate

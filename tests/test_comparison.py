@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ COMPARE = {
     ],
     "tuning": {"learning_rates": [1e-3, 4e-3], "overrides": ["rounds=1"]},
 }
+DIVERGES = 9.0  # a learning rate
 ACCURACY = {("caff", 1): 0.30, ("caff", 2): 0.32, ("caff", 3): 0.31, ("wide", 1): 0.28, ("wide", 2): 0.31, ("wide", 3): 0.27}
 
 
@@ -57,7 +59,7 @@ class Trainings:
         label = "wide" if config.method.options else "caff"
         rate, seed = config.training.learning_rate, config.seed
         accuracy = ACCURACY.get((label, seed), 0.1)
-        loss = 2.0 + (rate != {"caff": 4e-3, "wide": 1e-3}[label]) - accuracy
+        loss = 2.0 + (rate != {"caff": 4e-3, "wide": 1e-3}[label]) - accuracy if rate != DIVERGES else math.nan
         folder = comparison.Path(config.run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(settings.to_yaml(config))
@@ -99,6 +101,12 @@ def test_every_method_tries_the_same_rates_and_the_lowest_loss_decides(compare):
     assert start.started[1][0].training.final_learning_rate == pytest.approx(4e-4)  # the schedule keeps its shape
     rates = {(trial.scenario, trial.contender): trial.config().training.learning_rate for trial in made.trials()}
     assert rates == {("small", "caff"): 4e-3, ("small", "wide"): 1e-3, ("large", "caff"): 4e-3, ("large", "wide"): 1e-3}
+
+
+def test_a_rate_that_diverges_is_not_the_best(compare):
+    made = compare(tuning={"learning_rates": [DIVERGES, 4e-3, 1e-3]})
+    make(made.tuning(), Trainings(), silent)
+    assert {trial.learning_rate for trial in made.trials() if trial.contender == "wide"} == {1e-3}
 
 
 def test_a_comparison_goes_on_where_it_ended(compare):

@@ -106,6 +106,9 @@ def command_line() -> argparse.ArgumentParser:
     compare.add_argument("--stage", choices=("tuning", "runs", "report", "list"), help="only that; without it: tuning, runs, report")
     compare.add_argument("--task", type=int, default=0, metavar="K", help="make only the runs of the K-th worker of --tasks")
     compare.add_argument("--tasks", type=int, default=1, metavar="N", help="number of workers, see slurm/compare.sbatch")
+    compare.add_argument(
+        "--results", type=Path, action="append", metavar="CSV", help="print the tables of this comparison.csv in place of run folders"
+    )
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
     calibrate.add_argument("--draw", type=int, metavar="COUNT", help="compare so many cases drawn at random in place of the grid")
@@ -296,6 +299,13 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     _check_starts_ranks("compare")
     stop = options.stop or StopRequest()
     comparison = Comparison(Path(options.config), settings.load(CompareConfig, options.config, options.overrides))
+
+    if options.results:
+        if options.stage != "report":
+            raise ConfigError("--results", f"--stage is {options.stage}, and only a report is made of results", "add --stage report")
+        results = [result for path in options.results for result in comparison_tables.read_results(path)]
+        print(comparison_tables.markdown(standings.standings_of(comparison, results), comparison.config.reference))
+        return 0
 
     def start(training: list[str], resume: bool) -> int:
         training = [*training, *(["--resume"] if resume else [])]

@@ -124,6 +124,11 @@ class Comparison:
     def labels(self) -> list[str]:
         return [label(contender) for contender in self.config.methods]
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Scenarios with each method that is compared there, in the order of the config."""
+        return [(scenario.name, label(contender)) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
+
     def contenders(self, scenario: ScenarioConfig) -> list[ContenderConfig]:
         """Methods that are compared in a scenario."""
         return [contender for contender in self.config.methods if scenario.methods is None or label(contender) in scenario.methods]

@@ -8,8 +8,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from distfl.comparison import Comparison
+from distfl.errors import ConfigError
 from distfl.files import write_atomically
 from distfl.fleet import MEGA
 from distfl.standings import Differences, Result, Standing
@@ -106,6 +109,35 @@ def comma_separated(found: Sequence[Standing]) -> str:
     writer.writeheader()
     writer.writerows(asdict(result) for standing in found for result in standing.results)
     return lines.getvalue()
+
+
+def read_results(path: Path) -> list[Result]:
+    """What ``comma_separated`` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it is no such table.
+    """
+    change = "give a comparison.csv that distfl compare has written"
+    try:
+        with path.open(newline="") as lines:
+            rows = csv.DictReader(lines)
+            columns = [field.name for field in fields(Result)]
+            if rows.fieldnames != columns:
+                raise ConfigError(f"results from {path}", f"its columns are {rows.fieldnames}, not {columns}", change)
+            return [_result(row) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"results from {path}", str(error), change) from None
+
+
+def _result(row: dict[str, str]) -> Result:
+    """Of one line, in which nothing stands for None."""
+    kinds = get_type_hints(Result)
+    return Result(**{key: None if text == "" and NoneType in get_args(kinds[key]) else _kind(kinds[key])(text) for key, text in row.items()})
+
+
+def _kind(hint) -> type:
+    """That of a field which may be None, too."""
+    return next((kind for kind in get_args(hint) if kind is not NoneType), hint)
 
 
 def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:

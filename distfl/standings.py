@@ -1,13 +1,13 @@
 """What a comparison found: means and deviations over seeds, differences to the reference paired by seed.
 
-Every number comes from run folders.
+Every number comes from run folders, or from the table of them that an earlier report has written.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,23 +192,45 @@ def standings(comparison: Comparison) -> list[Standing]:
         CheckpointError: learning rates are not tuned yet, a folder holds another run, or runs that are compared had other data
             or other pretrained weights.
     """
-    found: dict[tuple[str, str], list[Result]] = {}
-    refusals: dict[tuple[str, str], str] = {}
-    trials = comparison.trials()
-    for trial in trials:
-        place = (trial.scenario, trial.contender)
-        of_place = found.setdefault(place, [])
+    results, refusals = [], {}
+    for trial in comparison.trials():
         if (run := trial.run()) is not None:
-            of_place.append(result_of(trial, run))
+            results.append(result_of(trial, run))
         elif trial.refusal:
-            refusals[place] = trial.refusal
-    _check_alike([result for results in found.values() for result in results])
+            refusals[trial.scenario, trial.contender] = trial.refusal
+    return standings_of(comparison, results, refusals)
+
+
+def standings_of(comparison: Comparison, results: Sequence[Result], refusals: Mapping[tuple[str, str], str] = {}) -> list[Standing]:
+    """The same of results that are known already.
+
+    Args:
+        refusals: (scenario, method) -> why it cannot take part.
+
+    Raises:
+        CheckpointError: a result is not one of this comparison, is there twice, or had other data or other pretrained weights.
+    """
+    found: dict[tuple[str, str], dict[int, Result]] = {place: {} for place in comparison.places}
+    for result in results:
+        place = (result.scenario, result.method)
+        if place not in found or result.seed not in comparison.config.seeds:
+            change = "leave that one out, or name the config that it was made with"
+            raise CheckpointError(_name(result), "the config has no such scenario, method there, or seed", change)
+        if result.seed in found[place]:
+            raise CheckpointError(_name(result), "a second result of it", "leave one of them out")
+        found[place][result.seed] = result
+    _check_alike(results)
     made = []
-    for place, results in found.items():
-        reference = found[place[0], comparison.config.reference]
-        above = (_above(results, reference, key) for key in ("accuracy", "loss"))
-        made.append(Standing(*place, tuple(results), refusals.get(place), *above))
+    for place, by_seed in found.items():
+        of_place = tuple(by_seed[seed] for seed in comparison.config.seeds if seed in by_seed)
+        reference = found[place[0], comparison.config.reference].values()
+        above = (_above(of_place, reference, key) for key in ("accuracy", "loss"))
+        made.append(Standing(*place, of_place, refusals.get(place), *above))
     return made
+
+
+def _name(result: Result) -> str:
+    return f"{result.method} in {result.scenario}, seed {result.seed}"
 
 
 def _check_alike(results: Sequence[Result]) -> None:
@@ -225,6 +247,6 @@ def _check_alike(results: Sequence[Result]) -> None:
                 )
 
 
-def _above(results: Sequence[Result], reference: Sequence[Result], key: str) -> Differences:
+def _above(results: Sequence[Result], reference: Iterable[Result], key: str) -> Differences:
     by_seed = {result.seed: getattr(result, key) for result in reference}
     return Differences(tuple(getattr(result, key) - by_seed[result.seed] for result in results if result.seed in by_seed))

@@ -70,6 +70,16 @@ def test_the_window_is_the_widest_that_the_memory_admits():
     assert planned(CAFF, short) == {1: 0, 2: 1, 3: 2}
 
 
+def test_with_all_blocks_the_embedding_trains_too():
+    method = load_method("caff", {"embedding": "with_all_blocks"})
+    whole = WORK.costs.peak(Window(0, 5), PLAIN).bytes
+    assert whole > peak(3)
+    rich, short, poor = (client(i, Budget(bytes, None, None)) for i, bytes in enumerate((whole, whole - 1, peak(1))))
+    assert [a.window for a in method.plan(1, [rich, short, poor], WORK, {})] == [Window(0, 5), Window(2, 5), Window(3, 5)]
+    assert method.plan(1, [rich], WORK, {rich.id: 2})[0].window == Window(2, 5)  # it ran into its cap
+    assert method.plan(1, [rich], WORK, {}) == load_method("fedavg", {}).plan(1, [rich], WORK, {})
+
+
 def test_a_client_with_less_than_a_batch_pays_for_what_it_has():
     assert peak(2, batch=1) < peak(2)
     assert planned(CAFF, [client(0, Budget(peak(2, batch=1), None, None), rows=1)]) == {0: 2}

@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from distfl import comparison, comparison_pictures, comparison_tables, settings, standings
+from distfl import cli, comparison, comparison_pictures, comparison_tables, settings, standings
 from distfl.comparison import Comparison, make, share_of
 from distfl.config import CompareConfig, TrainConfig
 from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 TRAIN = {
     "fleet": {"groups": [{"name": "all", "memory_mb": 20, "share": 1}]},
     "training": {"steps": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-4, "schedule": "cosine"},
@@ -231,6 +234,56 @@ def test_groups_caps_and_what_was_not_enforced_are_told(compare):
     assert (result.lowest_gain, result.gain_gap) == pytest.approx((0.15, 0.15))
     text = comparison_tables.markdown(found, "caff")
     assert "| caff (caps NOT enforced) | 31.00 ± 1.41 |" in text and "| upload/cap | FLOP/cap |" in text
+
+
+def test_tables_are_made_of_a_table_of_results_too(compare, tmp_path):
+    made = compare()
+    make(made.tuning(), start := Trainings(), print)
+    make(made.trials(), start, print)
+    found = standings.standings(made)
+    path = comparison_tables.write(made, found)[1]
+    results = comparison_tables.read_results(path)
+    assert results == [result for standing in found for result in standing.results]
+    assert standings.standings_of(made, results[::-1]) == found
+    # one result less: that seed has no partner any more
+    less = [result for result in results if (result.method, result.seed) != ("caff", 2)]
+    assert [len(standing.accuracy_above.values) for standing in standings.standings_of(made, less)] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("wrong, word", [("twice", "second"), ("scenario", "no such"), ("seed", "no such"), ("data", "differ")])
+def test_results_that_cannot_be_of_the_comparison_are_refused(compare, wrong, word):
+    made = compare()
+    make(made.tuning(), start := Trainings(), print)
+    make(made.trials(), start, print)
+    results = [result for standing in standings.standings(made) for result in standing.results]
+    changes = {"twice": {}, "scenario": {"scenario": "gone"}, "seed": {"seed": 9}, "data": {"tokens_checksum": "other"}}
+    broken = replace(results[0], **changes[wrong])
+    with pytest.raises(CheckpointError, match=word):
+        standings.standings_of(made, [*results, broken] if wrong == "twice" else [broken, *results[1:]])
+
+
+@pytest.mark.parametrize("text", [None, "", "scenario,method\nsmall,caff\n", "HEAD\nsmall,caff,one\n", "HEAD\nsmall\n", "HEAD\n\x00"])
+def test_what_is_no_table_of_results_is_refused(tmp_path, text):
+    path = tmp_path / "results.csv"
+    if text is not None:
+        path.write_text(text.replace("HEAD", ",".join(field.name for field in fields(standings.Result))))
+    with pytest.raises(ConfigError, match="results.csv"):
+        comparison_tables.read_results(path)
+
+
+def test_results_are_for_a_report_alone(tmp_path, capsys):
+    assert cli.main(["compare", str(CONFIGS / "compare-pydocs.yaml"), "--results", str(tmp_path / "results.csv")]) == 2
+    assert "--stage report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "results").glob("*.csv")), ids=lambda path: path.stem)
+def test_the_results_page_has_the_tables_of_the_published_results(path, monkeypatch):
+    monkeypatch.setenv("DISTFL_DATA", "/nowhere")  # no data is opened
+    config = CONFIGS / f"compare-{path.stem}.yaml"
+    made = Comparison(config, settings.load(CompareConfig, config))
+    found = standings.standings_of(made, comparison_tables.read_results(path))
+    assert all(len(standing.results) == len(made.config.seeds) for standing in found)
+    assert comparison_tables.markdown(found, made.config.reference) in (CONFIGS / "RESULTS.md").read_text()
 
 
 def test_a_method_looks_the_same_in_all_pictures_and_like_no_other(compare):

@@ -53,7 +53,7 @@ from distfl.updates import LEAD
 NAMES = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 # beyond a method's defaults, what makes it plan or train something else
 VARIANTS = {
-    "caff": [{"averaging": "participation"}],
+    "caff": [{"averaging": "participation"}, {"embedding": "with_all_blocks"}],
     "lora": [{"targets": ["q", "v"], "rank": 3}, {"head": False, "blocks": 2}],
     "hetlora": [{"padding": "none"}],
 }

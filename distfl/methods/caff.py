@@ -3,7 +3,7 @@
 Source: Pfeiffer, Ahmed, Khalili, Henkel, "Efficient Federated Finetuning of Tiny Transformers with
 Resource-Constrained Devices", arXiv 2411.07826. Not read in the paper, hence options or our
 decision: the exact weights of the mean, what happens to a client that cannot train a block, ties
-between depths (the deeper wins), the embedding (always frozen).
+between depths (the deeper wins), whether the embedding ever trains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distfl.errors import ConfigError
 from distfl.fleet import Client
 from distfl.methods.base import LastBlocks, MeanOf, Workload
 from distfl.planner import Selection
-from distfl.units import Unit
+from distfl.units import Unit, UnitTable, Window
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,14 @@ class Options:
     averaging: ``contributors``: mean over the clients that trained a block, weighted by their training
         sequences; ``participation`` (CoCoFL's rule, arXiv 2203.05468): unweighted mean, moved towards by the
         share of this round's clients that trained the block.
+    embedding: ``frozen``; or ``with_all_blocks``: to train all blocks is to train the whole model, embedding included, and a client
+        whose budget does not admit that trains one block less.
     allow_dropping: clients that cannot train a single block sit out instead of being an error.
     extra_blocks: budget group -> blocks trained beyond the plan; for seeing the cap at work.
     """
 
     averaging: Literal["contributors", "participation"] = "contributors"
+    embedding: Literal["frozen", "with_all_blocks"] = "frozen"
     allow_dropping: bool = False
     extra_blocks: dict[str, int] = field(default_factory=dict)
 
@@ -57,6 +60,11 @@ class Caff(LastBlocks):
                 "name existing fleet.groups",
             )
         return super().select(clients, workloads)
+
+    def window(self, table: UnitTable, blocks: int) -> Window:
+        if self.options.embedding == "with_all_blocks" and blocks == table.spec.depth:
+            return Window(0, table.spec.depth + 2)
+        return super().window(table, blocks)
 
     def planned_blocks(self, client: Client, admitted: int, depth: int) -> int:
         return min(depth, admitted + self.options.extra_blocks.get(client.group, 0)) if admitted else 0

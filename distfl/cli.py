@@ -107,7 +107,7 @@ def command_line() -> argparse.ArgumentParser:
     compare.add_argument("--task", type=int, default=0, metavar="K", help="make only the runs of the K-th worker of --tasks")
     compare.add_argument("--tasks", type=int, default=1, metavar="N", help="number of workers, see slurm/compare.sbatch")
     compare.add_argument(
-        "--results", type=Path, action="append", metavar="CSV", help="print the tables of this comparison.csv in place of run folders"
+        "--results", type=Path, action="append", metavar="CSV", help="tables and picture of this comparison.csv in place of run folders"
     )
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
@@ -304,7 +304,9 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         if options.stage != "report":
             raise ConfigError("--results", f"--stage is {options.stage}, and only a report is made of results", "add --stage report")
         results = [result for path in options.results for result in comparison_tables.read_results(path)]
-        print(comparison_tables.markdown(standings.standings_of(comparison, results), comparison.config.reference))
+        found = standings.standings_of(comparison, results)
+        print(comparison_tables.markdown(found, comparison.config.reference))
+        print(comparison_pictures.draw_overview(comparison, found))
         return 0
 
     def start(training: list[str], resume: bool) -> int:
@@ -335,7 +337,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.stage in (None, "report"):
         found = standings.standings(comparison)
         print(comparison_tables.markdown(found, comparison.config.reference))
-        print("\n".join(map(str, [*comparison_tables.write(comparison, found), *comparison_pictures.draw(comparison, found)])))
+        pictures = [draw(comparison, found) for draw in (comparison_pictures.draw_overview, comparison_pictures.draw_rounds)]
+        print("\n".join(map(str, [*comparison_tables.write(comparison, found), *pictures])))
     return 0
 
 

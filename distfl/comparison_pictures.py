@@ -22,31 +22,39 @@ def _plot():
     return plot
 
 
-def draw(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
-    """comparison.png and rounds.png; returns their paths."""
-    paths = [comparison.output / name for name in ("comparison.png", "rounds.png")]
-    for drawn, path in zip((_overview, _over_rounds), paths):
-        drawn(comparison, found, path)
-    return paths
-
-
 def _style(comparison: Comparison, method: str) -> dict[str, str]:
     """The same for a method in all panels of all pictures."""
     number = comparison.labels.index(method)
     return {"label": method, "color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
 
 
-def _legend(figure) -> None:
-    """One beside all panels, with every method that is in any of them."""
+def _panels(count: int):
+    """A figure with so many panels, at most four beside one another."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, panels = _plot().subplots(rows, columns, figsize=(5 * columns, 4 * rows), constrained_layout=True, squeeze=False)
+    for axes in panels.flat[count:]:
+        axes.remove()
+    return figure, panels.flat[:count]
+
+
+def _saved(figure, path: Path) -> Path:
+    """With one legend beside all panels, in which is every method that is in any of them."""
     drawn = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    _plot().close(figure)
+    return path
 
 
-def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> None:
-    """Accuracy against every axis of the scenarios, against bytes sent, and against FLOPs; bars are deviations over seeds."""
-    plot, scenarios = _plot(), comparison.config.scenarios
+def draw_overview(comparison: Comparison, found: Sequence[Standing]) -> Path:
+    """comparison.png: accuracy against every axis of the scenarios, bytes sent and FLOPs; bars are deviations over seeds."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    scenarios = comparison.config.scenarios
     axes_of = list(dict.fromkeys(scenario.axis for scenario in scenarios if scenario.axis))
-    figure, panels = plot.subplots(1, len(axes_of) + 2, figsize=(5.2 * (len(axes_of) + 2), 4.6), constrained_layout=True)
+    figure, panels = _panels(len(axes_of) + 2)
     for axes, axis in zip(panels, axes_of):
         values = {scenario.name: scenario.value for scenario in scenarios if scenario.axis == axis}
         _lines(axes, comparison, [standing for standing in found if standing.scenario in values], lambda s, v=values: v[s.scenario], "-")
@@ -60,11 +68,12 @@ def _overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> 
     ):
         _lines(axes, comparison, found, value, "none")
         axes.set(title=title, xlabel=unit, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
         axes.set_ylabel("next-token accuracy on held-out text")
-    _legend(figure)
-    figure.savefig(path, dpi=110)
-    plot.close(figure)
+    return _saved(figure, comparison.output / "comparison.png")
 
 
 def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Callable[[Standing], float], style: str) -> None:
@@ -76,22 +85,15 @@ def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Calla
             axes.errorbar(where, accuracy, deviation, linestyle=style, capsize=3, **_style(comparison, method))
 
 
-def _over_rounds(comparison: Comparison, found: Sequence[Standing], path: Path) -> None:
-    """Accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
-    plot = _plot()
+def draw_rounds(comparison: Comparison, found: Sequence[Standing]) -> Path:
+    """rounds.png: accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
     scenarios = list(dict.fromkeys(standing.scenario for standing in found))
-    columns = min(4, len(scenarios))
-    rows = -(-len(scenarios) // columns)
-    figure, panels = plot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), constrained_layout=True, squeeze=False)
-    for axes, scenario in zip(panels.flat, scenarios):
+    figure, panels = _panels(len(scenarios))
+    for axes, scenario in zip(panels, scenarios):
         for standing in found:
             if standing.scenario == scenario and standing.results:
                 evaluated = read_run(Path(standing.results[0].folder)).evaluated
                 line = [(record["round"], record["test_accuracy"]) for record in evaluated]
                 axes.plot(*zip(*line), **_style(comparison, standing.method))
         axes.set(title=scenario, xlabel="round", ylabel="accuracy")
-    for axes in panels.flat[len(scenarios) :]:
-        axes.axis("off")
-    _legend(figure)
-    figure.savefig(path, dpi=110)
-    plot.close(figure)
+    return _saved(figure, comparison.output / "rounds.png")

@@ -125,19 +125,17 @@ def read_results(path: Path) -> list[Result]:
             if rows.fieldnames != columns:
                 raise ConfigError(f"results from {path}", f"its columns are {rows.fieldnames}, not {columns}", change)
             return [_result(row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"results from {path}", str(error), change) from None
 
 
 def _result(row: dict[str, str]) -> Result:
-    """Of one line, in which nothing stands for None."""
-    kinds = get_type_hints(Result)
-    return Result(**{key: None if text == "" and NoneType in get_args(kinds[key]) else _kind(kinds[key])(text) for key, text in row.items()})
-
-
-def _kind(hint) -> type:
-    """That of a field which may be None, too."""
-    return next((kind for kind in get_args(hint) if kind is not NoneType), hint)
+    """Of one line, in which an empty place stands for None where that can be."""
+    if None in row or None in row.values():  # where csv puts what is too much or too little
+        raise ValueError(f"a line of other than {len(fields(Result))} values: {row}")
+    hints = get_type_hints(Result)
+    kinds = {key: get_args(hint) or (hint,) for key, hint in hints.items()}
+    return Result(**{key: None if text == "" and NoneType in kinds[key] else kinds[key][0](text) for key, text in row.items()})
 
 
 def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:

@@ -156,7 +156,12 @@ def test_means_deviations_and_paired_differences(compare):
     text = comparison_tables.markdown(list(by_place.values()), "caff")
     assert "| wide | 28.67 ± 2.08 | -2.33 ± 1.53 | 0.118 | 1.7133 | +0.0233 ± 0.0153 | 0.118 |" in text
     assert "| caff | 31.00 ± 1.00 |  |  | 1.6900 |  |  |" in text
-    paths = [*comparison_tables.write(made, list(by_place.values())), *comparison_pictures.draw(made, list(by_place.values()))]
+    found = list(by_place.values())
+    paths = [
+        *comparison_tables.write(made, found),
+        comparison_pictures.draw_overview(made, found),
+        comparison_pictures.draw_rounds(made, found),
+    ]
     assert all(path.stat().st_size > 0 for path in paths) and {path.suffix for path in paths} == {".md", ".csv", ".png"}
 
 
@@ -262,7 +267,19 @@ def test_results_that_cannot_be_of_the_comparison_are_refused(compare, wrong, wo
         standings.standings_of(made, [*results, broken] if wrong == "twice" else [broken, *results[1:]])
 
 
-@pytest.mark.parametrize("text", [None, "", "scenario,method\nsmall,caff\n", "HEAD\nsmall,caff,one\n", "HEAD\nsmall\n", "HEAD\n\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "scenario,method\nsmall,caff\n",
+        "HEAD\nsmall,caff,one\n",
+        "HEAD\nsmall\n",
+        "HEAD\n" + "1," * 31 + "1\n",
+        "HEAD\n" + "1," * 29 + "1\n",
+        "HEAD\n\x00",
+    ],
+)
 def test_what_is_no_table_of_results_is_refused(tmp_path, text):
     path = tmp_path / "results.csv"
     if text is not None:

@@ -300,6 +300,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     stop = options.stop or StopRequest()
     comparison = Comparison(Path(options.config), settings.load(CompareConfig, options.config, options.overrides))
 
+    if options.tasks != 1 and options.stage in ("report", "list"):
+        raise ConfigError(f"--tasks {options.tasks}", f"--stage {options.stage} is for one process", "leave --task and --tasks away")
     if options.results:
         if options.stage != "report":
             raise ConfigError("--results", f"--stage is {options.stage}, and only a report is made of results", "add --stage report")
@@ -324,16 +326,15 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         if not tuned:
             print("the other runs follow once these learning rates are tuned")
         return 0
-    failed = []
+    if options.stage != "report":
+        comparison.check()
     for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):
         if options.stage in (None, stage):
-            of_stage, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say, stop)
-            failed += of_stage
-            if code:
-                return code
-    if failed:
-        launching.say(f"failed: {', '.join(str(trial.folder) for trial in failed)}; start again to go on with them")
-        return 1
+            failed, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say, stop)
+            if failed:  # said also where a signal has ended it
+                launching.say(f"failed: {', '.join(str(trial.folder) for trial in failed)}; start again to go on with them")
+            if failed or code:
+                return code or 1
     if options.stage in (None, "report"):
         found = standings.standings(comparison)
         print(comparison_tables.markdown(found, comparison.config.reference))

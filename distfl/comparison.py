@@ -18,11 +18,13 @@ from distfl.config import CompareConfig, ContenderConfig, ScenarioConfig, TrainC
 from distfl.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DistflError, PlanError
 from distfl.files import write_json
 from distfl.reporting import Run, read_run
+from distfl.run_folder import source_checksum
 
 SIGNALLED = 128  # exit codes above say by which signal
 REFUSED = ".refused.json"  # beside a run's folder: why no client of this method can take part, and with which config
 OWN_KEYS = ("seed", "run.folder", "method")  # what a comparison sets itself
-CAPS_AND_DATA = ("fleet", "data", "evaluation")  # what must be the same for all methods of a scenario
+# what must be the same for all methods of a scenario: caps, text, rounds and data of a round
+ALIKE = ("fleet", "memory", "data", "evaluation", "rounds", "training.batch", "training.epochs", "training.steps")
 Start = Callable[[list[str], bool], int]  # arguments of a training, whether to resume -> exit code
 
 
@@ -48,15 +50,17 @@ class Trial:
 
     @property
     def refusal(self) -> str | None:
-        """Why the method cannot take part in the scenario; None where it can, or nobody has tried with this config."""
+        """Why the method cannot take part in the scenario; None where it can, or nobody has tried with this config and this package."""
         path = self._refused
         if not path.is_file():
             return None
         refused = json.loads(path.read_text())
-        return None if self._differences(refused["config"]) else refused["why"]
+        stale = refused["source_checksum"] != source_checksum() or self._differences(refused["config"])
+        return None if stale else refused["why"]
 
     def refuse(self, why: str) -> None:
-        write_json(self._refused, {"why": why, "config": settings.to_dict(self.config())})
+        refused = {"why": why, "source_checksum": source_checksum(), "config": settings.to_dict(self.config())}
+        write_json(self._refused, refused)
 
     @property
     def _refused(self) -> Path:
@@ -67,13 +71,18 @@ class Trial:
         """Nothing is left to be done (raises CheckpointError as ``run`` does)."""
         return self.run() is not None or self.refusal is not None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its folder holds a finished run, of whatever config."""
+        return (self.folder / "finished").is_file()
+
     def run(self) -> Run | None:
         """The finished run; None where there is none yet.
 
         Raises:
             CheckpointError: what lies in its folder is a run of another config.
         """
-        if not (self.folder / "finished").is_file():
+        if not self.is_finished:
             return None
         run = read_run(self.folder)
         if different := self._differences(settings.to_dict(run.config)):
@@ -106,7 +115,7 @@ class Comparison:
         _refuse_keys("tuning.overrides", config.tuning.overrides, self._set_keys)
         for contender in config.methods:
             load_method(contender.method, contender.options)
-            _refuse_keys(f"overrides of the method {label(contender)}", contender.overrides, (*self._set_keys, *CAPS_AND_DATA))
+            _refuse_keys(f"overrides of the method {label(contender)}", contender.overrides, (*self._set_keys, *ALIKE))
         for scenario in config.scenarios:
             _refuse_keys(f"overrides of the scenario {scenario.name}", scenario.overrides, self._set_keys)
             for contender in self.contenders(scenario):  # refused before anything runs
@@ -114,6 +123,14 @@ class Comparison:
                     self._trial(scenario, contender, seed, None, "runs").config()
                 for trial in self._tuning_of(scenario, contender):
                     trial.config()
+
+    def check(self) -> None:
+        """Try every method in every scenario as far as a plan (raises DistflError); that one cannot take part is no error."""
+        for scenario in self.config.scenarios:
+            for contender in self.contenders(scenario):
+                trial = self._trial(scenario, contender, self.config.seeds[0], None, "runs")
+                if not trial.is_finished:
+                    why_not(trial)
 
     @property
     def _set_keys(self) -> tuple[str, ...]:
@@ -147,7 +164,7 @@ class Comparison:
         """The runs that are compared, seed by seed, so that a first picture is there early.
 
         Raises:
-            CheckpointError: a run that chooses a learning rate is missing.
+            CheckpointError: a run that chooses a learning rate is missing, or all of them diverged.
             ConfigError: a method takes its learning rate from a scenario in which it cannot take part.
         """
         places = [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
@@ -171,6 +188,12 @@ class Comparison:
                     f"{trial.folder} is not finished",
                     "run the tuning first: distfl compare CONFIG --stage tuning",
                 )
+        if losses and not math.isfinite(min(losses.values())):
+            raise CheckpointError(
+                f"the learning rate of {label(contender)} in {scenario.name}",
+                f"with all of {sorted(losses)} the loss is not finite",
+                "add lower ones to tuning.learning_rates",
+            )
         return min(losses, key=losses.get, default=None)
 
     def _check_refused(self, scenario: ScenarioConfig, where: ScenarioConfig, contender: ContenderConfig, rate: float) -> None:
@@ -219,7 +242,7 @@ def _refuse_keys(what: str, overrides: Sequence[str], keys: Sequence[str]) -> No
     """Refuse overrides of settings that are the comparison's own, or that must be the same for all."""
     for override in overrides:
         name = override.partition("=")[0].strip()
-        if found := [key for key in keys if name == key or name.startswith(f"{key}.")]:
+        if found := [key for key in keys if name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")]:
             raise ConfigError(
                 f"{what}: {override}", f"{found[0]} is for the comparison to set, alike for all methods", f"leave {name} away there"
             )

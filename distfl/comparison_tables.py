@@ -11,11 +11,12 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from distfl.comparison import Comparison
+from distfl.comparison import Comparison, label
 from distfl.errors import ConfigError
 from distfl.files import write_atomically
 from distfl.fleet import MEGA
-from distfl.standings import Differences, Result, Standing
+from distfl.methods.base import load_method
+from distfl.standings import Differences, Result, Standing, deviation
 
 HEAD = (
     "method",
@@ -57,9 +58,22 @@ def markdown(found: Sequence[Standing], reference: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def legend(comparison: Comparison) -> str:
+    """What methods are that their label does not say: a line for each that was given something, or whose score is an ensemble's."""
+    lines = []
+    for contender in comparison.config.methods:
+        said = [f"{key} {value}" for key, value in contender.options.items()] + list(contender.overrides)
+        if load_method(contender.method, contender.options).ensemble:
+            said.append("its accuracy is that of an ensemble of classifiers")
+        if said or label(contender) != contender.method:
+            named = [] if label(contender) == contender.method else [contender.method]
+            lines.append(f"`{label(contender)}`: {', '.join([*named, *said])}")
+    return "; ".join(lines) + ".\n\n" if lines else ""
+
+
 def _row(standing: Standing, reference: str) -> list[str]:
     if not standing.results:
-        why = f"cannot take part: {standing.refusal}" if standing.refusal else "no finished run yet"
+        why = f"cannot take part: {standing.refusal}" if standing.refusal else "no finished run"
         return [standing.method, why, *[""] * (len(HEAD) - 2)]
     mean, results = standing.mean, standing.results
     same = standing.method == reference
@@ -91,7 +105,7 @@ def _above(differences: Differences, scale: float, digits: int) -> list[str]:
     values = [scale * value for value in differences.values]
     if not values:
         return ["", ""]
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
     p = "" if differences.p_value is None else f"{differences.p_value:.3f}"
     return [f"{statistics.mean(values):+.{digits}f}{spread}", p]
 
@@ -143,12 +157,14 @@ def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
     results = [result for standing in found for result in standing.results]
     text = (
         "Accuracies, parts of caps, slack (of the cap that is closest) and shares of clients in percent; bytes and FLOPs of all clients\n"
-        'and rounds, "first" being whole models for clients that take part for the first time; means over seeds ± sample deviation;\n'
+        'and rounds, "first" being whole models for clients that take part for the first time; means over seeds ± sample deviations, of\n'
+        "parts of caps the largest of all client rounds, of client rounds over a cap the number;\n"
         f'"to reference": less {comparison.config.reference} with the same seed; p: of a paired t-test, not corrected for their number.\n\n'
     )
     sources = {result.source_checksum for result in results}
     if len(sources) > 1:
         text += f"The runs were made by {len(sources)} versions of the package (source_checksum in comparison.csv).\n\n"
+    text += legend(comparison)
     write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
     write_atomically(comparison.output / "comparison.csv", comma_separated(found))
     return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

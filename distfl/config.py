@@ -368,6 +368,10 @@ class TuningConfig:
     seed: int = 1000
     overrides: tuple[str, ...] = ()  # key=value, for instance rounds=5
 
+    def __post_init__(self) -> None:
+        named = [f"{rate:g}" for rate in self.learning_rates]  # they become folders
+        require(len(set(named)) == len(named), "tuning.learning_rates", self.learning_rates, "a list without repetition, to six digits")
+
 
 @dataclass(frozen=True)
 class CompareConfig:

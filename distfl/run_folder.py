@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -42,6 +43,12 @@ RESIDUALS = "residuals"  # see residuals.py
 def checkpoint_folders(folder: Path) -> list[Path]:
     """``folder/round-NNNNN``, oldest first; what a crash left half-written has another name."""
     return sorted((path for path in folder.glob("round-*") if path.name[6:].isdigit()), key=lambda path: int(path.name[6:]))
+
+
+@cache
+def source_checksum() -> str:
+    """Of this package's own files."""
+    return sha256_below(Path(distfl.__file__).parent, "*.py")
 
 
 def _deciding(config: TrainConfig) -> dict:
@@ -215,7 +222,7 @@ class RunFolder:
                 self._cut(self.path / name, resumed_at)
         start = {
             "distfl": distfl.__version__,
-            "source_checksum": sha256_below(Path(distfl.__file__).parent, "*.py"),
+            "source_checksum": source_checksum(),
             "python": platform.python_version(),
             "torch": version("torch"),
             "transport": transport.name,

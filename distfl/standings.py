@@ -137,8 +137,8 @@ class Differences:
 
     @property
     def p_value(self) -> float | None:
-        """Two-sided, of a paired t-test; None with fewer than two pairs."""
-        if len(self.values) < 2:
+        """Two-sided, of a paired t-test; None with fewer than two pairs, or where one is not finite."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
             return None
         mean, deviation = statistics.mean(self.values), statistics.stdev(self.values)
         if deviation == 0:
@@ -175,7 +175,12 @@ class Standing:
     def deviation(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None with fewer than two."""
         known = [getattr(result, key) for result in self.results if getattr(result, key) is not None]
-        return statistics.stdev(known) if len(known) > 1 else None
+        return deviation(known) if len(known) > 1 else None
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; not a number where some value is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def two_sided_p(t: float, freedom: int) -> float:

@@ -84,7 +84,9 @@ def _encode(
     values = piece.values
     if encoding.deltas:
         base, place = _place(reference, piece.region)
-        values = values - base[place]
+        part = base[place]
+        # a region's part is a copy already, and takes the difference; the whole is the node's own tensor
+        values = values - part if piece.region is None else torch.sub(values, part, out=part)
     if residual is not None:
         residual += values
         values = residual

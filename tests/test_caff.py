@@ -301,19 +301,21 @@ def test_the_order_of_clients_matters_only_to_rounding(method):
 
 @pytest.mark.parametrize("method", RULES.values(), ids=RULES)
 def test_a_subset_of_clients_merges_as_if_the_others_were_not_there(method):
-    # Client 1 fails: the mean, and the share behind it, are those of clients 0 and 2 alone.
+    # Client 1 fails: the mean is that of clients 0 and 2 alone. By participation it still counts among those who took part, as in
+    # CoCoFL: of three clients two trained the last block, one the others.
     old, plan = weights(SPEC, 1), assign(method, (1, 1), (2, 3), (3, 7))
     zero, two = weights(SPEC, 2), weights(SPEC, 4)
-    new = merged(method, old, [(plan[0], zero), (plan[2], two)])
+    weight = sum(order.weight for order in plan)
+    new = merge(method, TABLE, old, [(plan[0], zero), (plan[2], two)], weight)
     a, b = plan[0].weight, plan[2].weight
     for name in old:
-        trained_by_both = name.startswith(("blocks.2.", "head."))
-        if trained_by_both:
-            expected = (a * zero[name].double() + b * two[name].double()) / (a + b)
-        elif name.startswith("embedding."):
-            expected = old[name].double()
+        if name.startswith("embedding."):
+            mean, part = old[name].double(), 0
+        elif name.startswith(("blocks.2.", "head.")):
+            mean, part = (a * zero[name].double() + b * two[name].double()) / (a + b), 2 / 3
         else:
-            expected = two[name].double() if method is RULES["contributors"] else (two[name].double() + old[name].double()) / 2
+            mean, part = two[name].double(), 1 / 3
+        expected = mean if method is RULES["contributors"] else torch.lerp(old[name].double(), mean, part)
         torch.testing.assert_close(new[name], expected.float(), rtol=1e-6, atol=1e-7)
 
 

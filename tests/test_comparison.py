@@ -112,6 +112,38 @@ def test_a_rate_that_diverges_is_not_the_best(compare):
     assert {trial.learning_rate for trial in made.trials() if trial.contender == "wide"} == {1e-3}
 
 
+def test_rates_that_all_diverge_choose_none(compare):
+    made = compare(tuning={"learning_rates": [DIVERGES]})
+    make(made.tuning(), Trainings(), silent)
+    with pytest.raises(CheckpointError, match="lower ones"):
+        made.trials()
+
+
+def test_a_result_that_is_no_number_is_told(compare):
+    made = compare(tuning={})
+    make(made.trials(), Trainings(), silent)
+    results = [result for standing in standings.standings(made) for result in standing.results]
+    lost = [replace(result, loss=math.nan) if (result.method, result.seed) == ("wide", 2) else result for result in results]
+    (found, *_) = [standing for standing in standings.standings_of(made, lost) if standing.method == "wide"]
+    assert found.loss_above.p_value is None and math.isnan(found.deviation("loss")) and found.accuracy_above.p_value is not None
+    assert "nan" in comparison_tables.markdown([found], "caff")
+
+
+def test_what_some_method_cannot_run_with_is_refused_before_the_first_run(compare, monkeypatch):
+    made, tried = compare(), []
+
+    def why_not(trial):
+        tried.append((trial.scenario, trial.contender))
+        if trial.contender == "wide" and trial.scenario == "large":
+            raise ConfigError("transport.codec = intt8", "no such codec", "take another")
+        return "cannot take part"
+
+    monkeypatch.setattr(comparison, "why_not", why_not)
+    with pytest.raises(ConfigError, match="intt8"):
+        made.check()
+    assert tried == made.places
+
+
 def test_a_comparison_goes_on_where_it_ended(compare):
     made, start = compare(tuning={}), Trainings(codes=[0, 3, EXIT_REQUEUE])
     trials = made.trials()
@@ -184,6 +216,33 @@ def test_a_method_that_cannot_take_part_is_said_and_not_run(compare, monkeypatch
     larger = [COMPARE["scenarios"][0] | {"overrides": ["fleet.groups.0.memory_mb=12"]}, COMPARE["scenarios"][1]]
     assert all(trial.refusal is None for trial in compare(tuning={}, scenarios=larger).trials())  # another config: to be tried again
     assert "| wide | cannot take part: too small |" in comparison_tables.markdown(found, "caff")
+
+
+def test_whether_a_method_can_take_part_is_asked_anew_of_another_version(compare, monkeypatch):
+    monkeypatch.setattr(comparison, "why_not", lambda trial: "too small")
+    (trial, *_) = compare(tuning={}).trials()
+    make([trial], Trainings(), silent)
+    assert trial.refusal == "too small"
+    monkeypatch.setattr(comparison, "source_checksum", lambda: "other")
+    assert trial.refusal is None
+
+
+def test_what_a_label_does_not_say_stands_below_the_tables(compare):
+    methods = [{"method": "caff"}, {"method": "lora", "label": "wide", "options": {"rank": 3}, "overrides": ["model.depths=[3]"]}]
+    assert comparison_tables.legend(compare(methods=methods)) == "`wide`: lora, rank 3, model.depths=[3].\n\n"
+    assert comparison_tables.legend(compare(methods=[{"method": "caff"}])) == ""
+    assert "ensemble" in comparison_tables.legend(compare(methods=[{"method": "caff"}, {"method": "depthfl"}]))
+
+
+def test_failed_tuning_ends_a_comparison_and_names_what_failed(compare, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(COMPARE | {"output": str(tmp_path / "out")}))
+    monkeypatch.setattr(cli.launching, "run_child", lambda arguments: 3)
+    compare()  # writes the config of its runs
+    assert cli.main(["compare", str(path)]) == 1
+    assert "failed: " in (said := capsys.readouterr().err) and "rate-0.004" in said
+    assert not (tmp_path / "out" / "comparison.md").exists()
+    assert cli.main(["compare", str(path), "--stage", "report", "--tasks", "2"]) == 2
 
 
 def test_no_method_runs_with_a_rate_that_nobody_tuned(compare, monkeypatch):
@@ -339,6 +398,12 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(compare):
         {"methods": [{"method": "caff"}, {"method": "lora", "options": {"rnak": 3}}]},
         {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["fleet.groups.0.memory_mb=200"]}]},
         {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["data.clients=3"]}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["rounds=50"]}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["training.batch=2"]}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["memory.margin_mb=0"]}]},
+        {"methods": [{"method": "caff"}, {"method": "lora", "overrides": ["training={batch: 2}"]}]},
+        {"scenarios": [{"name": "a", "overrides": ["run={folder: x}"]}]},
+        {"tuning": {"learning_rates": [1e-3, 1.00000001e-3]}},
         {"scenarios": [{"name": "a", "methods": []}]},
         {"scenarios": [{"name": ".."}]},
         {"scenarios": [{"name": ""}]},

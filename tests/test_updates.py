@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
 from distfl.aggregation import UnitMean
 from distfl.checksums import seal, sealed_words, unseal
@@ -210,3 +211,22 @@ def test_sealed_sums_come_back_and_no_changed_bit_passes(kind, values, unit, dat
     words[data.draw(st.integers(0, len(words) - 1))] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
     with pytest.raises(WireError, match="sums or means"):
         unseal(words, np.dtype(kind), unit)
+
+
+@pytest.mark.parametrize(
+    "region", [None, (np.arange(0, 200), np.arange(100, 300)), np.arange(0, 80_000, 2)], ids=["whole", "matrix", "flat"]
+)
+def test_a_delta_takes_no_more_than_one_tensor_of_its_size(region):
+    """With one that the codec makes, that is what costs count for the moment of sending (``Encoding.working_bytes``)."""
+    encoding = encoding_of(TransportConfig(codec="bf16"))
+    shared = {"w": torch.ones(400, 400)}
+    shape = shared["w"].shape if region is None else tuple(map(len, region)) if isinstance(region, tuple) else region.shape
+    values = torch.full(shape, 1.5)
+    unit = Unit(1, "block.0", (TensorSpec("w", (400, 400), 0),))
+    with LiveBytes() as live:
+        block = frame(encoding, [Piece(1, "w", region, values, 1.0)], 1, 1, unit, shared, np.random.default_rng(0))
+    indices = 0 if region is None else 8 * (sum(map(len, region)) if isinstance(region, tuple) else len(region))
+    assert live.peak <= encoding.working_bytes(shape) + indices + 64
+    assert torch.equal(shared["w"], torch.ones(400, 400)) and torch.equal(values, torch.full(shape, 1.5))
+    (piece,) = unframe(encoding, block, 1, 1, unit, shared, 1.0)
+    assert torch.equal(torch.as_tensor(piece.values), values)

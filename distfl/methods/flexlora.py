@@ -3,7 +3,8 @@
 Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
 arXiv 2402.11505: D = sum p_c B_c A_c with p_c = n_c / sum n; of D = U S V^T a client of rank r is sent B = U_r S_r and A = V_r^T. These are
 the first r columns and rows of the split for the largest rank, which is what the server keeps: that part of D which is of
-a higher rank is lost, and it is the least that can be.
+a higher rank is lost, and it is the least that can be. A client of a lower rank says nothing of the others, which counts as zero: where
+ranks differ, a round without any training takes something away.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Source: Diao, Ding, Tarokh 2021, "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous Clients",
 arXiv 2010.01264 (ICLR 2021): a client of rate rho holds the first rho n channels of every hidden layer; its hidden
 activations are divided by rho in training (the paper's scaler), so that the layers behind them see sums of the usual size; every entry
-becomes the mean over those who hold it. Its knob lessens activations, weights and FLOPs alike.
+becomes the mean over those who hold it, weighted by training sequences here, unweighted in the authors' code. Its knob lessens
+activations, weights and FLOPs alike.
 
 Ours, for a pretrained Transformer: hidden are the attention heads and the feed-forward layer; the width of the residual stream, on
 which norms and embedding were trained, stays. Left out: the loss masked to a client's own classes, which is for class labels.
@@ -46,6 +47,11 @@ class HeteroFl(CommonDepth):
 
     Options = Options
     source = "arXiv 2010.01264"
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        whole = not self.someone_holds_all or max(options.widths) == 1
+        require(whole, "widths", options.widths, "shares of which one is 1: what no client holds would be scored untrained")
 
     def details(self, spec: ModelSpec, window: Window) -> Sequence[Detail]:
         """``queries``: rows of queries, and of keys and of values, of whole heads; ``hidden``: channels of the feed-forward layer."""

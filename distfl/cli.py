@@ -107,7 +107,11 @@ def command_line() -> argparse.ArgumentParser:
     compare.add_argument("--task", type=int, default=0, metavar="K", help="make only the runs of the K-th worker of --tasks")
     compare.add_argument("--tasks", type=int, default=1, metavar="N", help="number of workers, see slurm/compare.sbatch")
     compare.add_argument(
-        "--results", type=Path, action="append", metavar="CSV", help="tables and picture of this comparison.csv in place of run folders"
+        "--results",
+        type=Path,
+        action="append",
+        metavar="CSV",
+        help="report on this comparison.csv in place of run folders; its picture comes to lie beside it",
     )
     calibrate = command("calibrate", _calibrate, "compare predicted with measured peaks on this machine, some minutes")
     calibrate.add_argument("--output", type=Path, default=Path("runs/calibration"), help="folder for table and picture")
@@ -307,8 +311,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
             raise ConfigError("--results", f"--stage is {options.stage}, and only a report is made of results", "add --stage report")
         results = [result for path in options.results for result in comparison_tables.read_results(path)]
         found = standings.standings_of(comparison, results)
-        print(comparison_tables.markdown(found, comparison.config.reference))
-        print(comparison_pictures.draw_overview(comparison, found))
+        print(comparison_tables.text(comparison, found))
+        print(comparison_pictures.draw_overview(comparison, found, options.results[0].with_suffix(".png")))
         return 0
 
     def start(training: list[str], resume: bool) -> int:
@@ -327,7 +331,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
             print("the other runs follow once these learning rates are tuned")
         return 0
     if options.stage != "report":
-        comparison.check()
+        launching.say("trying every method in every scenario as far as a plan")
+        comparison.check(options.task, options.tasks)
     for stage, trials_of in (("tuning", comparison.tuning), ("runs", comparison.trials)):
         if options.stage in (None, stage):
             failed, code = make(share_of(trials_of(), options.task, options.tasks), start, launching.say, stop)
@@ -337,9 +342,10 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
                 return code or 1
     if options.stage in (None, "report"):
         found = standings.standings(comparison)
-        print(comparison_tables.markdown(found, comparison.config.reference))
-        pictures = [draw(comparison, found) for draw in (comparison_pictures.draw_overview, comparison_pictures.draw_rounds)]
-        print("\n".join(map(str, [*comparison_tables.write(comparison, found), *pictures])))
+        print(comparison_tables.text(comparison, found))
+        pictures = (comparison_pictures.draw_overview, "comparison.png"), (comparison_pictures.draw_rounds, "rounds.png")
+        drawn = [draw(comparison, found, comparison.output / name) for draw, name in pictures]
+        print("\n".join(map(str, [*comparison_tables.write(comparison, found), *drawn])))
     return 0
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from distfl import settings
 from distfl.config import CompareConfig, ContenderConfig, ScenarioConfig, TrainConfig
@@ -23,8 +24,9 @@ from distfl.run_folder import source_checksum
 SIGNALLED = 128  # exit codes above say by which signal
 REFUSED = ".refused.json"  # beside a run's folder: why no client of this method can take part, and with which config
 OWN_KEYS = ("seed", "run.folder", "method")  # what a comparison sets itself
-# what must be the same for all methods of a scenario: caps, text, rounds and data of a round
-ALIKE = ("fleet", "memory", "data", "evaluation", "rounds", "training.batch", "training.epochs", "training.steps")
+# what must be the same for all methods of a scenario: caps, text, family, rounds and their size
+ALIKE = ("fleet", "memory", "faults", "data", "model.family", "evaluation", "rounds", "training.batch", "training.epochs", "training.steps")
+T = TypeVar("T")
 Start = Callable[[list[str], bool], int]  # arguments of a training, whether to resume -> exit code
 
 
@@ -50,13 +52,11 @@ class Trial:
 
     @property
     def refusal(self) -> str | None:
-        """Why the method cannot take part in the scenario; None where it can, or nobody has tried with this config and this package."""
-        path = self._refused
-        if not path.is_file():
+        """Why the method cannot take part in the scenario; None where it can, or nobody has tried with this config."""
+        if not self._refused.is_file():
             return None
-        refused = json.loads(path.read_text())
-        stale = refused["source_checksum"] != source_checksum() or self._differences(refused["config"])
-        return None if stale else refused["why"]
+        refused = json.loads(self._refused.read_text())
+        return None if self._differences(refused["config"]) else refused["why"]
 
     def refuse(self, why: str) -> None:
         refused = {"why": why, "source_checksum": source_checksum(), "config": settings.to_dict(self.config())}
@@ -68,13 +68,16 @@ class Trial:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is left to be done (raises CheckpointError as ``run`` does)."""
-        return self.run() is not None or self.refusal is not None
+        """Nothing is left to be done (raises CheckpointError as ``run`` does). Another version of the package may plan otherwise, so
+        a refusal is good for its own alone."""
+        if self.run() is not None:
+            return True
+        return self.refusal is not None and json.loads(self._refused.read_text()).get("source_checksum") == source_checksum()
 
     @property
-    def is_finished(self) -> bool:
-        """Whether its folder holds a finished run, of whatever config."""
-        return (self.folder / "finished").is_file()
+    def has_begun(self) -> bool:
+        """Whether there is a run in its folder, or a refusal, of whatever config."""
+        return (self.folder / "config.yaml").is_file() or self._refused.is_file()
 
     def run(self) -> Run | None:
         """The finished run; None where there is none yet.
@@ -82,7 +85,7 @@ class Trial:
         Raises:
             CheckpointError: what lies in its folder is a run of another config.
         """
-        if not self.is_finished:
+        if not (self.folder / "finished").is_file():
             return None
         run = read_run(self.folder)
         if different := self._differences(settings.to_dict(run.config)):
@@ -121,16 +124,30 @@ class Comparison:
             for contender in self.contenders(scenario):  # refused before anything runs
                 for seed in config.seeds:
                     self._trial(scenario, contender, seed, None, "runs").config()
-                for trial in self._tuning_of(scenario, contender):
-                    trial.config()
+        for trial in self.tuning():
+            trial.config()
 
-    def check(self) -> None:
-        """Try every method in every scenario as far as a plan (raises DistflError); that one cannot take part is no error."""
-        for scenario in self.config.scenarios:
-            for contender in self.contenders(scenario):
-                trial = self._trial(scenario, contender, self.config.seeds[0], None, "runs")
-                if not trial.is_finished:
-                    why_not(trial)
+    def check(self, task: int = 0, tasks: int = 1) -> None:
+        """Try every method in every scenario that has not begun, as far as a plan: what would only come to light hours later.
+
+        Args:
+            task, tasks: as of ``share_of``.
+
+        Raises:
+            DistflError: some run cannot be; that a method cannot take part is no error, unless its learning rate comes from there.
+        """
+        places = [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
+        reasons: dict[Path, str | None] = {}  # rates of one scenario may serve many
+        for scenario, contender in share_of(places, task, tasks):
+            where = self._rates_from(scenario)
+            run, tuning = self._trial(scenario, contender, self.config.seeds[0], None, "runs"), self._tuning_of(where, contender)
+            if any(trial.has_begun for trial in (run, *tuning)):
+                continue
+            for trial in (run, *tuning[:1]):
+                if trial.folder not in reasons:
+                    reasons[trial.folder] = why_not(trial)
+            if scenario is not where and reasons[run.folder] is None and tuning and reasons[tuning[0].folder] is not None:
+                raise _untuned(scenario, where, contender)
 
     @property
     def _set_keys(self) -> tuple[str, ...]:
@@ -173,7 +190,7 @@ class Comparison:
 
     def learning_rate(self, scenario: ScenarioConfig, contender: ContenderConfig) -> float | None:
         """The tuned one; the first of the list where the method cannot take part, None where none is tuned (raises as ``trials``)."""
-        where = next(one for one in self.config.scenarios if one.name == (scenario.rates_of or scenario.name))
+        where = self._rates_from(scenario)
         losses = {}
         for trial in self._tuning_of(where, contender):
             if (run := trial.run()) is not None:
@@ -190,7 +207,7 @@ class Comparison:
                 )
         if losses and not math.isfinite(min(losses.values())):
             raise CheckpointError(
-                f"the learning rate of {label(contender)} in {scenario.name}",
+                f"the learning rate of {label(contender)} in {where.name}",
                 f"with all of {sorted(losses)} the loss is not finite",
                 "add lower ones to tuning.learning_rates",
             )
@@ -200,11 +217,11 @@ class Comparison:
         """That a method without a tuned rate does not run with one that nobody tuned."""
         own = self._trial(scenario, contender, self.config.seeds[0], rate, "runs")
         if scenario is not where and own.refusal is None and why_not(own) is None:
-            raise ConfigError(
-                f"the learning rate of {label(contender)} in {scenario.name}, rates_of {where.name}",
-                "in that scenario it cannot take part, so no rate of it was tuned there",
-                f"leave rates_of of {scenario.name} away, or name a scenario in which every method can take part",
-            )
+            raise _untuned(scenario, where, contender)
+
+    def _rates_from(self, scenario: ScenarioConfig) -> ScenarioConfig:
+        """Where its learning rates are tuned."""
+        return next(one for one in self.config.scenarios if one.name == (scenario.rates_of or scenario.name))
 
     def _tuning_of(self, scenario: ScenarioConfig, contender: ContenderConfig) -> list[Trial]:
         tuning = self.config.tuning
@@ -233,6 +250,14 @@ class Comparison:
         return Trial(scenario.name, label(contender), seed, rate, folder, (str(self._train), *overrides))
 
 
+def _untuned(scenario: ScenarioConfig, where: ScenarioConfig, contender: ContenderConfig) -> ConfigError:
+    return ConfigError(
+        f"the learning rate of {label(contender)} in {scenario.name}, rates_of {where.name}",
+        "in that scenario it cannot take part, so no rate of it can be tuned there",
+        f"leave rates_of of {scenario.name} away, or name a scenario in which every method can take part",
+    )
+
+
 def label(contender: ContenderConfig) -> str:
     """What tables and folders call it."""
     return contender.label or contender.method
@@ -248,11 +273,11 @@ def _refuse_keys(what: str, overrides: Sequence[str], keys: Sequence[str]) -> No
             )
 
 
-def share_of(trials: Sequence[Trial], task: int, tasks: int) -> list[Trial]:
+def share_of(all: Sequence[T], task: int, tasks: int) -> list[T]:
     """Those of one of several workers (raises ConfigError)."""
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} of --tasks {tasks}", "tasks count from 0", f"give a number from 0 to {tasks - 1}")
-    return list(trials[task::tasks])
+    return list(all[task::tasks])
 
 
 def make(
@@ -285,8 +310,7 @@ def make(
             trial.refuse(why)
             continue
         say(what)
-        begun = (trial.folder / "config.yaml").is_file()
-        code = start(["train", *trial.arguments], begun)
+        code = start(["train", *trial.arguments], (trial.folder / "config.yaml").is_file())
         if code == EXIT_REQUEUE or code > SIGNALLED:
             return failed, code
         if code:

@@ -48,8 +48,8 @@ def _saved(figure, path: Path) -> Path:
     return path
 
 
-def draw_overview(comparison: Comparison, found: Sequence[Standing]) -> Path:
-    """comparison.png: accuracy against every axis of the scenarios, bytes sent and FLOPs; bars are deviations over seeds."""
+def draw_overview(comparison: Comparison, found: Sequence[Standing], path: Path) -> Path:
+    """Accuracy against every axis of the scenarios, bytes sent and FLOPs; bars are deviations over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     scenarios = comparison.config.scenarios
@@ -73,7 +73,7 @@ def draw_overview(comparison: Comparison, found: Sequence[Standing]) -> Path:
         axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
         axes.set_ylabel("next-token accuracy on held-out text")
-    return _saved(figure, comparison.output / "comparison.png")
+    return _saved(figure, path)
 
 
 def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Callable[[Standing], float], style: str) -> None:
@@ -85,8 +85,8 @@ def _lines(axes, comparison: Comparison, found: Sequence[Standing], value: Calla
             axes.errorbar(where, accuracy, deviation, linestyle=style, capsize=3, **_style(comparison, method))
 
 
-def draw_rounds(comparison: Comparison, found: Sequence[Standing]) -> Path:
-    """rounds.png: accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
+def draw_rounds(comparison: Comparison, found: Sequence[Standing], path: Path) -> Path:
+    """Accuracy over rounds, a panel for each scenario, a line for each method: its first seed that has finished."""
     scenarios = list(dict.fromkeys(standing.scenario for standing in found))
     figure, panels = _panels(len(scenarios))
     for axes, scenario in zip(panels, scenarios):
@@ -96,4 +96,4 @@ def draw_rounds(comparison: Comparison, found: Sequence[Standing]) -> Path:
                 line = [(record["round"], record["test_accuracy"]) for record in evaluated]
                 axes.plot(*zip(*line), **_style(comparison, standing.method))
         axes.set(title=scenario, xlabel="round", ylabel="accuracy")
-    return _saved(figure, comparison.output / "rounds.png")
+    return _saved(figure, path)

@@ -58,8 +58,8 @@ def markdown(found: Sequence[Standing], reference: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def legend(comparison: Comparison) -> str:
-    """What methods are that their label does not say: a line for each that was given something, or whose score is an ensemble's."""
+def _legend(comparison: Comparison) -> str:
+    """What labels do not say: of methods that were given something, or whose score is an ensemble's."""
     lines = []
     for contender in comparison.config.methods:
         said = [f"{key} {value}" for key, value in contender.options.items()] + list(contender.overrides)
@@ -138,9 +138,12 @@ def read_results(path: Path) -> list[Result]:
             columns = [field.name for field in fields(Result)]
             if rows.fieldnames != columns:
                 raise ConfigError(f"results from {path}", f"its columns are {rows.fieldnames}, not {columns}", change)
-            return [_result(row) for row in rows]
+            results = [_result(row) for row in rows]
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"results from {path}", str(error), change) from None
+    if not results:
+        raise ConfigError(f"results from {path}", "not a single run", change)
+    return results
 
 
 def _result(row: dict[str, str]) -> Result:
@@ -152,19 +155,22 @@ def _result(row: dict[str, str]) -> Result:
     return Result(**{key: None if text == "" and NoneType in kinds[key] else kinds[key][0](text) for key, text in row.items()})
 
 
-def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
-    """comparison.md and comparison.csv; returns their paths."""
-    results = [result for standing in found for result in standing.results]
-    text = (
+def text(comparison: Comparison, found: Sequence[Standing]) -> str:
+    """All tables, and what their columns and labels mean."""
+    head = (
         "Accuracies, parts of caps, slack (of the cap that is closest) and shares of clients in percent; bytes and FLOPs of all clients\n"
         'and rounds, "first" being whole models for clients that take part for the first time; means over seeds ± sample deviations, of\n'
         "parts of caps the largest of all client rounds, of client rounds over a cap the number;\n"
         f'"to reference": less {comparison.config.reference} with the same seed; p: of a paired t-test, not corrected for their number.\n\n'
     )
-    sources = {result.source_checksum for result in results}
+    sources = {result.source_checksum for standing in found for result in standing.results}
     if len(sources) > 1:
-        text += f"The runs were made by {len(sources)} versions of the package (source_checksum in comparison.csv).\n\n"
-    text += legend(comparison)
-    write_atomically(comparison.output / "comparison.md", text + markdown(found, comparison.config.reference))
+        head += f"The runs were made by {len(sources)} versions of the package (source_checksum of each run).\n\n"
+    return head + _legend(comparison) + markdown(found, comparison.config.reference)
+
+
+def write(comparison: Comparison, found: Sequence[Standing]) -> list[Path]:
+    """comparison.md and comparison.csv; returns their paths."""
+    write_atomically(comparison.output / "comparison.md", text(comparison, found))
     write_atomically(comparison.output / "comparison.csv", comma_separated(found))
     return [comparison.output / "comparison.md", comparison.output / "comparison.csv"]

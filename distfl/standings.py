@@ -248,7 +248,7 @@ def _check_alike(results: Sequence[Result]) -> None:
                 raise CheckpointError(
                     f"comparing {other.folder} with {result.folder}",
                     f"their manifests' {key} differ: they were made with other data or another family",
-                    "delete one of the folders and make the run again",
+                    "leave one of them out, or make that run again",
                 )
 
 

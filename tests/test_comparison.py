@@ -136,12 +136,18 @@ def test_what_some_method_cannot_run_with_is_refused_before_the_first_run(compar
         tried.append((trial.scenario, trial.contender))
         if trial.contender == "wide" and trial.scenario == "large":
             raise ConfigError("transport.codec = intt8", "no such codec", "take another")
-        return "cannot take part"
 
     monkeypatch.setattr(comparison, "why_not", why_not)
     with pytest.raises(ConfigError, match="intt8"):
         made.check()
-    assert tried == made.places
+    # a run and a rate of each in small, whose rates serve large
+    assert tried == [("small", "caff")] * 2 + [("small", "wide")] * 2 + [("large", "caff"), ("large", "wide")]
+    made.check(2, 4)  # the share of a worker without that place
+    make(made.tuning(), Trainings(), silent)
+    made.check()  # what has begun was checked
+    monkeypatch.setattr(comparison, "why_not", lambda trial: "too small" if trial.scenario == "small" else None)
+    with pytest.raises(ConfigError, match="rates_of"):
+        compare(output=str(made.output / "other")).check()
 
 
 def test_a_comparison_goes_on_where_it_ended(compare):
@@ -191,8 +197,8 @@ def test_means_deviations_and_paired_differences(compare):
     found = list(by_place.values())
     paths = [
         *comparison_tables.write(made, found),
-        comparison_pictures.draw_overview(made, found),
-        comparison_pictures.draw_rounds(made, found),
+        comparison_pictures.draw_overview(made, found, made.output / "comparison.png"),
+        comparison_pictures.draw_rounds(made, found, made.output / "rounds.png"),
     ]
     assert all(path.stat().st_size > 0 for path in paths) and {path.suffix for path in paths} == {".md", ".csv", ".png"}
 
@@ -223,15 +229,16 @@ def test_whether_a_method_can_take_part_is_asked_anew_of_another_version(compare
     (trial, *_) = compare(tuning={}).trials()
     make([trial], Trainings(), silent)
     assert trial.refusal == "too small"
+    assert trial.is_settled
     monkeypatch.setattr(comparison, "source_checksum", lambda: "other")
-    assert trial.refusal is None
+    assert not trial.is_settled and trial.refusal == "too small"  # tables still have it
 
 
-def test_what_a_label_does_not_say_stands_below_the_tables(compare):
+def test_what_a_label_does_not_say_stands_above_the_tables(compare):
     methods = [{"method": "caff"}, {"method": "lora", "label": "wide", "options": {"rank": 3}, "overrides": ["model.depths=[3]"]}]
-    assert comparison_tables.legend(compare(methods=methods)) == "`wide`: lora, rank 3, model.depths=[3].\n\n"
-    assert comparison_tables.legend(compare(methods=[{"method": "caff"}])) == ""
-    assert "ensemble" in comparison_tables.legend(compare(methods=[{"method": "caff"}, {"method": "depthfl"}]))
+    assert comparison_tables._legend(compare(methods=methods)) == "`wide`: lora, rank 3, model.depths=[3].\n\n"
+    assert comparison_tables._legend(compare(methods=[{"method": "caff"}])) == ""
+    assert "ensemble" in comparison_tables._legend(compare(methods=[{"method": "caff"}, {"method": "depthfl"}]))
 
 
 def test_failed_tuning_ends_a_comparison_and_names_what_failed(compare, tmp_path, monkeypatch, capsys):
@@ -243,6 +250,7 @@ def test_failed_tuning_ends_a_comparison_and_names_what_failed(compare, tmp_path
     assert "failed: " in (said := capsys.readouterr().err) and "rate-0.004" in said
     assert not (tmp_path / "out" / "comparison.md").exists()
     assert cli.main(["compare", str(path), "--stage", "report", "--tasks", "2"]) == 2
+    assert "one process" in capsys.readouterr().err
 
 
 def test_no_method_runs_with_a_rate_that_nobody_tuned(compare, monkeypatch):
@@ -333,6 +341,7 @@ def test_results_that_cannot_be_of_the_comparison_are_refused(compare, wrong, wo
         "",
         "scenario,method\nsmall,caff\n",
         "HEAD\nsmall,caff,one\n",
+        "HEAD\n",
         "HEAD\nsmall\n",
         "HEAD\n" + "1," * 31 + "1\n",
         "HEAD\n" + "1," * 29 + "1\n",
@@ -359,7 +368,9 @@ def test_the_results_page_has_the_tables_of_the_published_results(path, monkeypa
     made = Comparison(config, settings.load(CompareConfig, config))
     found = standings.standings_of(made, comparison_tables.read_results(path))
     assert all(len(standing.results) == len(made.config.seeds) for standing in found)
-    assert comparison_tables.markdown(found, made.config.reference) in (CONFIGS / "RESULTS.md").read_text()
+    page = (CONFIGS / "RESULTS.md").read_text()
+    for table in comparison_tables.markdown(found, made.config.reference).split("\n\n### "):
+        assert table in page
 
 
 def test_a_method_looks_the_same_in_all_pictures_and_like_no_other(compare):

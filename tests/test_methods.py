@@ -730,8 +730,8 @@ def test_stages_are_held_from_the_input_on_and_a_client_over_its_cap_holds_one_l
 
 def test_a_narrow_model_sees_sums_of_the_usual_size():
     """With hidden channels that are all alike, some of them divided by their share say what all say."""
-    method, table, plan = plan_of("heterofl", {"widths": [0.5]}, 1)
-    shared = pretrained()
+    method, table, plan = plan_of("heterofl", {"widths": [1.0, 0.5]}, 1)
+    narrow, shared = replace(plan[0], detail=method.details(SPEC, plan[0].window)[1]), pretrained()
     for n, tensor in shared.items():
         if ".fc1." in n or ".fc2.weight" in n:
             tensor.copy_(tensor[:1].expand_as(tensor) if ".fc1." in n else tensor[:, :1].expand_as(tensor))
@@ -741,13 +741,13 @@ def test_a_narrow_model_sees_sums_of_the_usual_size():
         elif ".proj.weight" in n:
             tensor[:, 8:] = tensor[:, :8]
     x = tokens(2, 8, 40)
-    assert held(method, shared, plan[0])["blocks.0.qkv.weight"].shape == (24, 16)
-    torch.testing.assert_close(outputs(method, shared, x, plan[0]), outputs(method, shared, x), rtol=1e-4, atol=1e-5)
+    assert held(method, shared, narrow)["blocks.0.qkv.weight"].shape == (24, 16)
+    torch.testing.assert_close(outputs(method, shared, x, narrow), outputs(method, shared, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("round", [1, 2, 3, 50, 65])
 def test_a_rolling_model_is_the_leading_one_of_channels_that_were_rolled(round):
-    still, rolling = (load_method(name, {"widths": [0.25]}) for name in ("heterofl", "fedrolex"))
+    still, rolling = load_method("heterofl", {"widths": [1.0, 0.25]}), load_method("fedrolex", {"widths": [0.25]})
     work, shared = work_of("fedrolex", {"widths": [0.25]}), pretrained()
     (order,) = rolling.plan(round, [client(0)], work, {})
     heads, hidden = -8 * ((round - 1) % 2), -((round - 1) % 64)  # 2 heads of 8, 64 hidden channels, of which 16 are held
@@ -759,7 +759,7 @@ def test_a_rolling_model_is_the_leading_one_of_channels_that_were_rolled(round):
             rolled[n] = tensor.roll(hidden, 0)
         else:
             rolled[n] = tensor.roll({"proj.weight": heads, "fc2.weight": hidden}.get(n.partition(".")[2].partition(".")[2], 0), -1)
-    (leading,) = still.plan(round, [client(0)], work, {})
+    leading = replace(order, detail=still.details(SPEC, order.window)[1])
     assert held(rolling, shared, order).keys() == held(still, rolled, leading).keys()
     assert all(torch.equal(tensor, held(still, rolled, leading)[n]) for n, tensor in held(rolling, shared, order).items())
     x = tokens(2, 8, 40)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_gather_gives_the_bits_and_the_ledger_of_mpi(distfl, config, tmp_path):
     for key, bytes_ in of_mpi.items():  # start and reports tell seconds, whose text is not always as long
         assert abs(of_torch[key] - bytes_) <= (100 if key[-1] in ("start", "reports") else 0), key
     peaks = [[report["measured_peak_bytes"] for report in distfl.reports(run)] for run in (by_mpi, by_torch)]
-    assert all(abs(of_mpi - of_torch) < 0.5e6 for of_mpi, of_torch in zip(*peaks))
+    apart = [of_torch - of_mpi for of_mpi, of_torch in zip(*peaks)]  # a client's own scatters by some 0.5 MB, under either of them
+    assert abs(statistics.mean(apart)) < 0.3e6 and max(map(abs, apart)) < 1e6, peaks
     assert nothing_is_left(by_torch)
 
 

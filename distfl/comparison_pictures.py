@@ -92,7 +92,7 @@ def draw_rounds(comparison: Comparison, found: Sequence[Standing], path: Path) -
     for axes, scenario in zip(panels, scenarios):
         for standing in found:
             if standing.scenario == scenario and standing.results:
-                evaluated = read_run(Path(standing.results[0].folder)).evaluated
+                evaluated = read_run(comparison.output / standing.results[0].folder).evaluated
                 line = [(record["round"], record["test_accuracy"]) for record in evaluated]
                 axes.plot(*zip(*line), **_style(comparison, standing.method))
         axes.set(title=scenario, xlabel="round", ylabel="accuracy")

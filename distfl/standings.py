@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Result:
         lowest_gain, gain_gap: the same of what groups gained over the pretrained model, whose accuracy differs between their texts.
         torch, library, enforced_by, tokens_checksum, weights_checksum, source_checksum: of its manifest; where it was resumed, of
             its last start.
+        folder: of the run, seen from the comparison's output: tables are passed on, and say nothing of the machine they were made on.
     """
 
     scenario: str
@@ -74,8 +76,8 @@ class Result:
     folder: str
 
 
-def result_of(trial: Trial, run: Run) -> Result:
-    """What one run showed."""
+def result_of(trial: Trial, run: Run, output: Path) -> Result:
+    """What one run of the comparison in ``output`` showed."""
     first, last = run.evaluated[0], run.evaluated[-1]
     took_part = [report for report in run.clients if report["blocks"] or report["ok"]]
     used = [_used(run, report) for report in took_part]
@@ -114,7 +116,7 @@ def result_of(trial: Trial, run: Run) -> Result:
         tokens_checksum=run.manifest["tokens_checksum"],
         weights_checksum=run.manifest["weights_checksum"],
         source_checksum=start["source_checksum"],
-        folder=str(trial.folder),
+        folder=trial.folder.relative_to(output).as_posix(),
     )
 
 
@@ -200,7 +202,7 @@ def standings(comparison: Comparison) -> list[Standing]:
     results, refusals = [], {}
     for trial in comparison.trials():
         if (run := trial.run()) is not None:
-            results.append(result_of(trial, run))
+            results.append(result_of(trial, run, comparison.output))
         elif trial.refusal:
             refusals[trial.scenario, trial.contender] = trial.refusal
     return standings_of(comparison, results, refusals)

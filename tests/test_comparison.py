@@ -316,6 +316,8 @@ def test_tables_are_made_of_a_table_of_results_too(compare, tmp_path):
     path = comparison_tables.write(made, found)[1]
     results = comparison_tables.read_results(path)
     assert results == [result for standing in found for result in standing.results]
+    assert all((made.output / result.folder / "finished").is_file() for result in results)
+    assert str(tmp_path) not in path.read_text()  # tables are passed on
     assert standings.standings_of(made, results[::-1]) == found
     # one result less: that seed has no partner any more
     less = [result for result in results if (result.method, result.seed) != ("caff", 2)]

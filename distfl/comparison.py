@@ -136,9 +136,8 @@ class Comparison:
         Raises:
             DistflError: some run cannot be; that a method cannot take part is no error, unless its learning rate comes from there.
         """
-        places = [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
         reasons: dict[Path, str | None] = {}  # rates of one scenario may serve many
-        for scenario, contender in share_of(places, task, tasks):
+        for scenario, contender in share_of(self._pairs, task, tasks):
             where = self._rates_from(scenario)
             run, tuning = self._trial(scenario, contender, self.config.seeds[0], None, "runs"), self._tuning_of(where, contender)
             if any(trial.has_begun for trial in (run, *tuning)):
@@ -161,7 +160,11 @@ class Comparison:
     @property
     def places(self) -> list[tuple[str, str]]:
         """Scenarios with each method that is compared there, in the order of the config."""
-        return [(scenario.name, label(contender)) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
+        return [(scenario.name, label(contender)) for scenario, contender in self._pairs]
+
+    @property
+    def _pairs(self) -> list[tuple[ScenarioConfig, ContenderConfig]]:
+        return [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
 
     def contenders(self, scenario: ScenarioConfig) -> list[ContenderConfig]:
         """Methods that are compared in a scenario."""
@@ -170,9 +173,7 @@ class Comparison:
     def tuning(self) -> list[Trial]:
         """The runs that choose learning rates."""
         pairs = {  # where rates are tuned, and for whom: once, however many scenarios take them from there
-            (scenario.rates_of or scenario.name, label(contender)): contender
-            for scenario in self.config.scenarios
-            for contender in self.contenders(scenario)
+            (scenario.rates_of or scenario.name, label(contender)): contender for scenario, contender in self._pairs
         }
         where = {scenario.name: scenario for scenario in self.config.scenarios}
         return [trial for (name, _), contender in pairs.items() for trial in self._tuning_of(where[name], contender)]
@@ -184,8 +185,7 @@ class Comparison:
             CheckpointError: a run that chooses a learning rate is missing, or all of them diverged.
             ConfigError: a method takes its learning rate from a scenario in which it cannot take part.
         """
-        places = [(scenario, contender) for scenario in self.config.scenarios for contender in self.contenders(scenario)]
-        rated = [(scenario, contender, self.learning_rate(scenario, contender)) for scenario, contender in places]
+        rated = [(*pair, self.learning_rate(*pair)) for pair in self._pairs]
         return [self._trial(*one, seed, rate, "runs") for seed in self.config.seeds for *one, rate in rated]
 
     def learning_rate(self, scenario: ScenarioConfig, contender: ContenderConfig) -> float | None:
@@ -273,11 +273,11 @@ def _refuse_keys(what: str, overrides: Sequence[str], keys: Sequence[str]) -> No
             )
 
 
-def share_of(all: Sequence[T], task: int, tasks: int) -> list[T]:
+def share_of(work: Sequence[T], task: int, tasks: int) -> list[T]:
     """Those of one of several workers (raises ConfigError)."""
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} of --tasks {tasks}", "tasks count from 0", f"give a number from 0 to {tasks - 1}")
-    return list(all[task::tasks])
+    return list(work[task::tasks])
 
 
 def make(
